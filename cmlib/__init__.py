@@ -1,0 +1,3 @@
+"""cmlib: learn, reproduce and ship consistency models."""
+
+__version__ = "0.1.0"

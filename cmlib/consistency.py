@@ -1,0 +1,148 @@
+"""The consistency function f(x, t), its exponential moving average, and sampling from it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmlib.ops import expand_like
+from cmlib.unet import UNet
+
+
+def c_skip(t: Tensor, sigma_min: float, sigma_data: float) -> Tensor:
+    """σ_d² / ((t − σ_min)² + σ_d²): 1 at t = σ_min (CM app. C)."""
+    return sigma_data**2 / ((t - sigma_min) ** 2 + sigma_data**2)
+
+
+def c_out(t: Tensor, sigma_min: float, sigma_data: float) -> Tensor:
+    """σ_d·(t − σ_min) / √(t² + σ_d²): 0 at t = σ_min (CM app. C)."""
+    return sigma_data * (t - sigma_min) / (t**2 + sigma_data**2).sqrt()
+
+
+def c_in(t: Tensor, sigma_data: float) -> Tensor:
+    """1 / √(t² + σ_d²): unit variance at the network's input (EDM table 1)."""
+    return (t**2 + sigma_data**2).rsqrt()
+
+
+def c_noise(t: Tensor) -> Tensor:
+    """250·ln(t + 1e-44): the network's time input (CM's released models; diffusers' `sigma_to_t`)."""
+    return 250 * (t + 1e-44).log()
+
+
+class ConsistencyFunction(nn.Module):
+    """f(x, t) = c_skip(t)·x + c_out(t)·F(c_in(t)·x, c_noise(t)), so that f(x, σ_min) = x by construction (CM eq. 5).
+
+    `x` [B,C,H,W] in EDM coordinates (x = x0 + t·ε), `t` [B] in σ. `net` is any module F(x, t) of the image's shape.
+    """
+
+    def __init__(self, net: nn.Module, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5):
+        super().__init__()
+        if not 0 <= sigma_min < sigma_max or sigma_data <= 0:
+            raise ValueError(f"need 0 <= sigma_min < sigma_max and sigma_data > 0, got {sigma_min}, {sigma_max}, {sigma_data}")
+        self.net = net
+        self.sigma_min, self.sigma_max, self.sigma_data = float(sigma_min), float(sigma_max), float(sigma_data)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        raw = self.net(expand_like(c_in(t, self.sigma_data), x) * x, c_noise(t))
+        skip = expand_like(c_skip(t, self.sigma_min, self.sigma_data), x)
+        out = expand_like(c_out(t, self.sigma_min, self.sigma_data), x)
+        return skip * x + out * raw
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What `load` needs beside the weights: the U-Net's configuration and the three σ."""
+        if not isinstance(self.net, UNet):
+            raise TypeError("only a ConsistencyFunction over cmlib.unet.UNet can be saved with its configuration")
+        sigmas = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "sigma_data": self.sigma_data}
+        return {"unet": self.net.config, **sigmas}
+
+    def save(self, path: str | Path) -> None:
+        """Write weights as safetensors, configuration in the header."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        temporary = path.with_name(path.name + ".tmp")
+        weights = {k: v.detach().contiguous().cpu() for k, v in self.net.state_dict().items()}
+        save_file(weights, temporary, metadata={"consistency_function": json.dumps(self.config)})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ConsistencyFunction:
+        """Read what `save` or `train.fit` wrote (`.safetensors` or `.pt`); never unpickles code. Returns it in eval mode."""
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"no checkpoint at {path}")
+        try:
+            if path.suffix == ".pt":
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+                config, weights = saved["config"], {k.removeprefix("net."): v for k, v in saved["ema"].items()}
+            else:
+                with safe_open(path, framework="pt") as file:
+                    config = json.loads((file.metadata() or {})["consistency_function"])
+                    weights = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+            sigmas = {k: config[k] for k in ("sigma_min", "sigma_max", "sigma_data")}
+            f = cls(UNet.from_config(config["unet"]), **sigmas)
+            f.net.load_state_dict(weights)
+        except (SafetensorError, KeyError, RuntimeError, OSError, EOFError, ValueError, TypeError) as error:
+            raise ValueError(f"{path} is not a consistency model this version can read ({type(error).__name__})") from error
+        except Exception as error:
+            if type(error).__name__ != "UnpicklingError":
+                raise
+            raise ValueError(f"{path} holds a pickle with code in it; refused") from error
+        return f.eval()
+
+
+class EMA:
+    """θ⁻ ← μ·θ⁻ + (1 − μ)·θ after every step (CM eq. 8); the average starts at θ and lives in `self.model`.
+
+    `warmup` uses min(μ, (1 + k)/(10 + k)) at step k, so that a short run is not an average over its own start.
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
+        if not 0 <= decay < 1:
+            raise ValueError(f"an EMA decay lies in [0, 1), got {decay}")
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay, self.warmup = decay, warmup
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """One step of the average, `step` counted from 0."""
+        mu = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - mu)
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)
+
+
+@torch.no_grad()
+def sample(
+    f: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor | Sequence[Tensor],
+    sigmas: Sequence[float],
+    sigma_min: float = 0.0,
+    clip: bool = True,
+) -> Tensor:
+    """Multistep consistency sampling (CM Alg. 1): x ← f(x̂ + √(σ² − σ_min²)·z, σ) over descending `sigmas`.
+
+    `noise` is one standard normal batch a level (a single tensor serves one level); the first starts from σ_1·z.
+    `len(sigmas)` is the number of network evaluations. Returns images in [-1, 1] when `clip`.
+    """
+    draws = [noise] if isinstance(noise, Tensor) else list(noise)
+    if len(draws) != len(sigmas):
+        raise ValueError(f"{len(sigmas)} levels need as many noise batches, got {len(draws)}")
+    if any(b >= a for a, b in zip(sigmas, sigmas[1:], strict=False)):
+        raise ValueError(f"sigmas must descend, got {list(sigmas)}")
+    x = draws[0] * sigmas[0]
+    for k, (z, sigma) in enumerate(zip(draws, sigmas, strict=True)):
+        if k > 0:
+            x = x + max(sigma**2 - sigma_min**2, 0) ** 0.5 * z
+        x = f(x, torch.full((len(x),), float(sigma), device=x.device))
+        x = x.clamp(-1, 1) if clip else x
+    return x

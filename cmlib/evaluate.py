@@ -1,0 +1,203 @@
+"""Honest evaluation: errors as functions of the noise level, and distances between sets of images with their protocol.
+
+A Fréchet distance is named after its features: `fd_digits` uses a classifier of digits that ships with the course, and
+only Inception's is called FID. Numbers are comparable at equal features, reference and N alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from cmlib.data import to_float, to_uint8
+from cmlib.files import write_atomically
+from cmlib.ops import expand_like, mse
+from cmlib.process import DDPM
+from cmlib.teacher import Teacher
+
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier whose pooled last layer [B,dim] serves as features for distances between sets."""
+
+    def __init__(self, channels: int = 1, classes: int = 10, width: int = 32, dim: int = 64, levels: int = 2):
+        super().__init__()
+        self.config = {"channels": channels, "classes": classes, "width": width, "dim": dim, "levels": levels}
+        layers: list[nn.Module] = []
+        c = channels
+        for level in range(levels):
+            out = dim if level == levels - 1 else width * 2**level
+            layers += [nn.Conv2d(c, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [nn.Conv2d(out, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if level < levels - 1 else []
+            c = out
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(dim, classes))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Mean-pooled activations of images in [-1, 1]: [B,C,H,W] -> [B,dim]."""
+        return self.body(x).mean((2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+    def save(self, path: Path) -> None:
+        """Write weights as safetensors with the configuration in the header."""
+        from safetensors.torch import save
+
+        weights = {k: v.contiguous() for k, v in self.state_dict().items()}
+        data = save(weights, metadata={"classifier": json.dumps(self.config)})
+        write_atomically(path, lambda file: file.write(data))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Classifier:
+        """Read what `save` wrote, in eval mode."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                model = cls(**json.loads((file.metadata() or {})["classifier"]))
+                model.load_state_dict({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118 (not a dict)
+        except (SafetensorError, KeyError, OSError, RuntimeError) as error:
+            raise ValueError(f"{path} is not a classifier that cmlib wrote ({type(error).__name__})") from error
+        return model.eval().requires_grad_(False)
+
+
+def classification(f: nn.Module, target: nn.Module, batch: dict, step: int, generator: Generator) -> tuple[Tensor, dict]:
+    """Cross-entropy of each image, as an objective for `train.fit`."""
+    return F.cross_entropy(f(batch["x0"]), batch["label"], reduction="none"), {}
+
+
+# ---- distances between sets of images
+
+
+@torch.no_grad()
+def features(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Features [N,dim] of uint8 images, or of float images after the same rounding to uint8 that saving them would do."""
+    device = next(classifier.parameters()).device
+    rows = [part if part.dtype == torch.uint8 else to_uint8(part) for part in images.split(batch_size)]
+    return torch.cat([classifier.features(to_float(part).to(device)).cpu() for part in rows])
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """‖μ−μ'‖² + tr(Σ + Σ' − 2(ΣΣ')^½) of two feature sets [N,d] (Heusel et al. 2017, eq. 6), by torchmetrics.
+
+    Biased upwards by an amount of order d/N: compare at equal N only.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    if min(len(real), len(fake)) < 2:
+        raise ValueError("a Fréchet distance needs at least two images on each side")
+    identity = nn.Identity()
+    identity.num_features = real.shape[1]  # type: ignore[assignment]
+    metric = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
+    metric.update(real.double(), real=True)
+    metric.update(fake.double(), real=False)
+    return float(metric.compute())
+
+
+def kernel_distance(real: Tensor, fake: Tensor) -> float:
+    """KID: the unbiased MMD² with the kernel (x·y/d + 1)³ (Bińkowski et al. 2018, eq. 4), over the whole sets."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        k = kernel(a, a)
+        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
+
+    return float(within(real) + within(fake) - 2 * kernel(real, fake).mean())
+
+
+def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Share of fakes inside the real manifold, and of reals inside the fake one; manifold = balls to the k-th neighbour
+    (Kynkäänniemi et al. 2019, eq. 1–2)."""
+
+    def covered(points: Tensor, manifold: Tensor) -> float:
+        radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values  # the nearest is itself
+        return float((torch.cdist(points, manifold) <= radius).any(1).float().mean())
+
+    return covered(fake, real), covered(real, fake)
+
+
+def compare_sets(classifier: Classifier, real: Tensor, fake: Tensor) -> dict[str, float]:
+    """Fréchet distance, KID, precision and recall of `fake` images against the features [N,d] of the reference."""
+    fakes = features(classifier, fake)
+    precision, recall = precision_recall(real, fakes)
+    return {
+        "fd": frechet_distance(real, fakes),
+        "kid": kernel_distance(real, fakes),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def inception_fid(real: Tensor, fake: Tensor, batch_size: int = 100) -> float:
+    """FID (2048 Inception features) of uint8 RGB images by torchmetrics; needs torch-fidelity and its weights."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    try:
+        metric = FrechetInceptionDistance(feature=2048)
+    except (ModuleNotFoundError, OSError) as error:
+        raise ValueError(
+            "FID needs torch-fidelity and its Inception weights: pip install torch-fidelity, and a first run with network"
+        ) from error
+    for images, is_real in ((real, True), (fake, False)):
+        if images.dtype != torch.uint8:
+            raise ValueError("FID takes uint8 images; round them with cmlib.data.to_uint8")
+        for part in images.split(batch_size):
+            metric.update(part.expand(-1, 3, -1, -1), real=is_real)
+    return float(metric.compute())
+
+
+# ---- errors as functions of the noise level
+
+
+@torch.no_grad()
+def reconstruction_error(
+    f: Network, images: Tensor, process: DDPM, per_image: int = 256, seed: int = 0, sigma_max: float = float("inf")
+) -> tuple[Tensor, Tensor]:
+    """‖f(x_t, t) − x0‖₂ for `per_image` random chain indices of every uint8 image (the brief's step 5).
+
+    Returns (n, distance), both [len(images)·per_image]. Levels above `sigma_max` are evaluated at `sigma_max`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x0, indices, distances = to_float(images), [], []
+    for _ in range(per_image):
+        n = torch.randint(process.T, (len(x0),), generator=generator)
+        t = process.sigma(n).clamp(max=sigma_max)
+        x_t = x0 + expand_like(t, x0) * torch.randn(x0.shape, generator=generator)
+        distances.append((f(x_t, t) - x0).flatten(1).norm(dim=1))
+        indices.append(n)
+    return torch.cat(indices), torch.cat(distances)
+
+
+@torch.no_grad()
+def self_consistency_gap(f: Network, teacher: Teacher, noise: Tensor, steps: int = 40) -> tuple[Tensor, Tensor]:
+    """RMS over pixels and paths of f(x_t, t) − x_end along the teacher's DDIM paths from `noise`: (σ [steps], gap [steps]).
+
+    Zero at every t for the exact consistency function of those paths.
+    """
+    path = teacher.sample(noise, steps, "ddim", path=True)
+    sigmas = teacher.process.sigma(teacher.process.grid(steps).flip(0))
+    gaps = [mse(f(x, sigma.expand(len(x))), path[-1]).mean().sqrt() for x, sigma in zip(path, sigmas, strict=False)]
+    return sigmas, torch.stack(gaps)
+
+
+@torch.no_grad()
+def pair_error(f: Network, batch: dict[str, Tensor]) -> dict[str, float]:
+    """MSE against x̂_r in the chain's units, of `f` and of the identity map, and skill = 1 − MSE/MSE_identity.
+
+    The identity baseline is what makes the figure mean something: neighbours in a 1000-step chain hardly differ.
+    """
+    scale = 1 + batch["r"] ** 2
+    model = float((mse(f(batch["x_t"], batch["t"]), batch["x_r"]) / scale).mean())
+    chain_t = batch["x_t"] / expand_like((1 + batch["t"] ** 2).sqrt(), batch["x_t"])
+    identity = float(mse(chain_t, batch["x_r"] / expand_like(scale.sqrt(), chain_t)).mean())
+    return {"model": model, "identity": identity, "skill": 1 - model / identity}

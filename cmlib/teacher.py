@@ -1,0 +1,177 @@
+"""Any diffusers DDPM as a teacher: noise, denoiser, score, and one step between any two noise levels."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cmlib.ops import expand_like
+from cmlib.process import DDPM
+from cmlib.unet import UNet
+
+SOLVERS = ("posterior_mean", "ancestral", "ddim", "heun")
+
+
+class Teacher:
+    """A DDPM ε_θ(x_n, n) and its chain.
+
+    `eps` and the chain steps take states in the chain's own coordinates and indices n in 0 … T−1; `denoise`, `score`
+    and `ode_step` take EDM coordinates x = x0 + σ·ε and noise levels σ.
+    """
+
+    def __init__(self, unet: nn.Module, process: DDPM, clip: float | None = 1.0, variance_type: str = "fixed_large"):
+        if variance_type not in ("fixed_small", "fixed_large"):
+            raise ValueError(f"variance_type must be fixed_small or fixed_large, got {variance_type!r}")
+        self.unet, self.process, self.clip, self.variance_type = unet, process, clip, variance_type
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Teacher:
+        """Load a `DDPMPipeline` from a hub id or folder (for example google/ddpm-cifar10-32)."""
+        from diffusers import DDPMPipeline
+
+        try:
+            pipe = DDPMPipeline.from_pretrained(str(source))
+        except Exception as error:  # the hub client raises many unrelated types
+            raise ValueError(
+                f"cannot load a DDPM teacher from {source!r} ({type(error).__name__}). Give a hub id such as"
+                " google/ddpm-cifar10-32, or a folder that DDPMPipeline.save_pretrained wrote."
+            ) from error
+        config = pipe.scheduler.config
+        if config.prediction_type != "epsilon":
+            raise ValueError(f"the teacher must predict epsilon, {source!r} predicts {config.prediction_type!r}")
+        unet = UNet.from_diffusers(pipe.unet)
+        clip = float(config.get("clip_sample_range", 1.0)) if config.clip_sample else None
+        teacher = cls(unet, DDPM.from_scheduler(pipe.scheduler), clip, config.variance_type)
+        return teacher.to(device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `DDPMPipeline.from_pretrained` and `from_pretrained` load."""
+        from diffusers import DDPMPipeline
+
+        assert isinstance(self.unet, UNet)
+        pipe: Any = DDPMPipeline(unet=self.unet.to_diffusers(), scheduler=self.scheduler())
+        pipe.save_pretrained(str(folder))
+
+    def scheduler(self) -> Any:
+        """diffusers' `DDPMScheduler` of this chain."""
+        from diffusers import DDPMScheduler
+
+        return DDPMScheduler(
+            num_train_timesteps=self.process.T,
+            trained_betas=self.process.betas.tolist(),
+            variance_type=self.variance_type,
+            clip_sample=self.clip is not None,
+            clip_sample_range=self.clip or 1.0,
+        )
+
+    def to(self, device: str | torch.device) -> Teacher:
+        """Move the network; frozen and in eval mode from then on."""
+        self.unet = self.unet.to(device).eval().requires_grad_(False)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return next(self.unet.parameters()).device
+
+    def hash(self) -> str:
+        """Twelve hex digits over weights, schedule and clipping: which teacher a cache came from."""
+        digest = hashlib.sha256(repr((self.clip, self.variance_type)).encode())
+        for tensor in [self.process.betas, *(v for _, v in sorted(self.unet.state_dict().items()))]:
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def _clip(self, x: Tensor) -> Tensor:
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
+
+    @torch.no_grad()
+    def eps(self, x: Tensor, n: Tensor) -> Tensor:
+        """ε_θ(x_n, n), chain coordinates; n [B] may be fractional."""
+        return self.unet(x, n)
+
+    @torch.no_grad()
+    def denoise(self, x: Tensor, t: Tensor, clip: bool = True) -> Tensor:
+        """D(x, σ) = x − σ·ε_θ(x/√(1+σ²), n(σ)) ≈ E[x0 | x], EDM coordinates; clipped to the image range as the teacher's
+        own sampler does unless `clip` is off."""
+        chain_x, n = self.process.from_edm(x, t)
+        denoised = x - expand_like(t, x) * self.eps(chain_x, n)
+        return self._clip(denoised) if clip else denoised
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """∇log p_σ(x) = (D(x, σ) − x)/σ² (Tweedie), EDM coordinates."""
+        return (self.denoise(x, t, clip=False) - x) / expand_like(t, x) ** 2
+
+    def ode_step(self, x: Tensor, t: Tensor, r: Tensor, solver: str = "ddim") -> Tensor:
+        """One step of dx/dσ = (x − D)/σ from t to r < t, EDM coordinates: Euler (which is DDIM) or Heun (EDM Alg. 1).
+
+        Heun falls back to Euler where r = 0, as there the slope is not defined.
+        """
+        if solver not in ("ddim", "heun"):
+            raise ValueError(f"an ODE step is 'ddim' or 'heun', got {solver!r}")
+        first = self.slope(x, t)
+        h = expand_like(r - t, x)
+        x_r = x + h * first
+        if solver == "ddim":
+            return x_r
+        safe = torch.where(r > 0, r, t)
+        second = torch.where(expand_like(r > 0, x), self.slope(x_r, safe), first)
+        return x + h * (first + second) / 2
+
+    def slope(self, x: Tensor, t: Tensor) -> Tensor:
+        """dx/dσ = (x − D(x, σ))/σ (EDM eq. 3)."""
+        return (x - self.denoise(x, t)) / expand_like(t, x)
+
+    def posterior(self, x: Tensor, eps: Tensor, n: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of q(x_r | x_n, x̂0), DDPM eq. 6–7, for a *vector* of indices n and r < n (r = −1 is
+        the clean image). Bit-exact to diffusers' `DDPMScheduler.step`, which takes one scalar."""
+        table = self.process.alpha_bar.to(x.device)
+        one = torch.ones((), device=x.device)
+        ab_t, ab_r = table[n], torch.where(r >= 0, table[r.clamp(min=0)], one)
+        alpha = ab_t / ab_r
+        beta = 1 - alpha
+        variance = ((1 - ab_r) / (1 - ab_t) * beta).clamp(min=1e-20) if self.variance_type == "fixed_small" else beta
+        ab_t, ab_r, alpha, beta = (expand_like(v, x) for v in (ab_t, ab_r, alpha, beta))
+        x0 = self._clip((x - (1 - ab_t) ** 0.5 * eps) / ab_t**0.5)
+        mean = (ab_r**0.5 * beta) / (1 - ab_t) * x0 + alpha**0.5 * (1 - ab_r) / (1 - ab_t) * x
+        return mean, torch.where(expand_like(n > 0, x), expand_like(variance, x) ** 0.5, 0.0)
+
+    def step(self, x: Tensor, n: Tensor, r: Tensor, solver: str = "posterior_mean", noise: Tensor | None = None) -> Tensor:
+        """x_n -> x_r in chain coordinates for vectors n, r [B] of indices, r < n, r = −1 the clean image.
+
+        `posterior_mean` and `ancestral` (adds `noise`) are the DDPM's own reverse step, `ddim` and `heun` follow its ODE.
+        """
+        if solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        if bool((r >= n).any()) or bool((n >= self.process.T).any()) or bool((r < -1).any()):
+            raise ValueError(f"a step goes from n to r with -1 <= r < n < {self.process.T}")
+        if solver in ("ddim", "heun"):
+            edm_x, t = self.process.to_edm(x, n)
+            s = self.process.sigma(r)
+            return self.ode_step(edm_x, t, s, solver) / expand_like((1 + s**2).sqrt(), x)
+        mean, std = self.posterior(x, self.eps(x, n), n, r)
+        if solver == "posterior_mean":
+            return mean
+        if noise is None:
+            raise ValueError("an ancestral step needs noise: one standard normal tensor of x's shape")
+        return mean + std * noise
+
+    @torch.no_grad()
+    def sample(self, noise: Tensor, steps: int, solver: str = "ddim", path: bool = False, generator: Any = None) -> Tensor:
+        """Images [B,C,H,W] from standard normal `noise` in `steps` steps over the chain's "leading" indices.
+
+        `ddim` with k steps is DDIM-k, `ancestral` with T steps is DDPM-T. With `path`, all states [steps+1,B,C,H,W] in
+        EDM coordinates, first the noise and last the image.
+        """
+        levels = [*self.process.grid(steps).flip(0).tolist(), -1]
+        x, states = noise.to(self.device), []
+        for n, r in zip(levels, levels[1:], strict=False):
+            at, to = torch.full((len(x),), n, device=x.device), torch.full((len(x),), r, device=x.device)
+            if path:
+                states.append(self.process.to_edm(x, at)[0])
+            draw = torch.randn(x.shape, generator=generator).to(x.device) if solver == "ancestral" else None
+            x = self.step(x, at, to, solver, draw)
+        return torch.stack([*states, x]) if path else self._clip(x)

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cmlib.files import write_atomically
 from cmlib.ops import expand_like
+from cmlib.process import EDM
 from cmlib.unet import UNet
+
+SIGMAS = ("sigma_min", "sigma_max", "sigma_data", "rho")  # a ConsistencyFunction's settings beside its network
 
 
 def c_skip(t: Tensor, sigma_min: float, sigma_data: float) -> Tensor:
@@ -38,15 +42,24 @@ def c_noise(t: Tensor) -> Tensor:
 class ConsistencyFunction(nn.Module):
     """f(x, t) = c_skip(t)·x + c_out(t)·F(c_in(t)·x, c_noise(t)), so that f(x, σ_min) = x by construction (CM eq. 5).
 
-    `x` [B,C,H,W] in EDM coordinates (x = x0 + t·ε), `t` [B] in σ. `net` is any module F(x, t) of the image's shape.
+    `x` [B,C,H,W] in EDM coordinates (x = x0 + t·ε), `t` [B] in σ. `net` is any module F(x, t) of the image's
+    shape; `rho` shapes the grid that `levels` samples on.
     """
 
-    def __init__(self, net: nn.Module, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 0.5):
+    def __init__(
+        self,
+        net: nn.Module,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        rho: float = 7.0,
+    ):
         super().__init__()
         if not 0 <= sigma_min < sigma_max or sigma_data <= 0:
             raise ValueError(f"need 0 <= sigma_min < sigma_max and sigma_data > 0, got {sigma_min}, {sigma_max}, {sigma_data}")
         self.net = net
         self.sigma_min, self.sigma_max, self.sigma_data = float(sigma_min), float(sigma_max), float(sigma_data)
+        self.rho = float(rho)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         raw = self.net(expand_like(c_in(t, self.sigma_data), x) * x, c_noise(t))
@@ -59,18 +72,34 @@ class ConsistencyFunction(nn.Module):
         """What `load` needs beside the weights: the U-Net's configuration and the three σ."""
         if not isinstance(self.net, UNet):
             raise TypeError("only a ConsistencyFunction over cmlib.unet.UNet can be saved with its configuration")
-        sigmas = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "sigma_data": self.sigma_data}
-        return {"unet": self.net.config, **sigmas}
+        return {"unet": self.net.config, **{k: getattr(self, k) for k in SIGMAS}}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C,H,W] of the images it makes."""
+        unet = self.config["unet"]
+        return unet["in_channels"], unet["sample_size"], unet["sample_size"]
+
+    def levels(self, n: int) -> list[float]:
+        """The n descending noise levels of n-evaluation sampling, from σ_max: every ⌊40/n⌋-th of a 40-level Karras grid,
+        which is what `ConsistencyModelPipeline(num_inference_steps=n)` uses."""
+        if not 1 <= n <= 40:
+            raise ValueError(f"evaluations must lie in 1 … 40, got {n}")
+        ascending = EDM(self.sigma_min, self.sigma_max, self.rho).grid(40)
+        return [float(ascending[39 - i * (40 // n)]) for i in range(n)]
 
     def save(self, path: str | Path) -> None:
-        """Write weights as safetensors, configuration in the header."""
-        from safetensors.torch import save_file
+        """Write weights and configuration, as a torch file where `path` ends in .pt, else as safetensors."""
+        from safetensors.torch import save
 
         path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
+        if path.suffix == ".pt":
+            state = {"config": self.config, "ema": self.state_dict()}
+            write_atomically(path, lambda file: torch.save(state, file))
+            return
         weights = {k: v.detach().contiguous().cpu() for k, v in self.net.state_dict().items()}
-        save_file(weights, temporary, metadata={"consistency_function": json.dumps(self.config)})
-        temporary.replace(path)
+        data = save(weights, metadata={"consistency_function": json.dumps(self.config)})
+        write_atomically(path, lambda file: file.write(data))
 
     @classmethod
     def load(cls, path: str | Path) -> ConsistencyFunction:
@@ -88,8 +117,7 @@ class ConsistencyFunction(nn.Module):
                 with safe_open(path, framework="pt") as file:
                     config = json.loads((file.metadata() or {})["consistency_function"])
                     weights = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
-            sigmas = {k: config[k] for k in ("sigma_min", "sigma_max", "sigma_data")}
-            f = cls(UNet.from_config(config["unet"]), **sigmas)
+            f = cls(UNet.from_config(config["unet"]), **{k: config[k] for k in SIGMAS})
             f.net.load_state_dict(weights)
         except (SafetensorError, KeyError, RuntimeError, OSError, EOFError, ValueError, TypeError) as error:
             raise ValueError(f"{path} is not a consistency model this version can read ({type(error).__name__})") from error

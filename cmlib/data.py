@@ -92,6 +92,8 @@ def _stack(name: str, pictures: Any) -> Tensor:
         size = size or picture.size
         if picture.size != size:
             raise ValueError(f"data set {name!r} mixes image sizes {size} and {picture.size}; resize them to one size")
+        if size[0] != size[1]:
+            raise ValueError(f"data set {name!r} has images of {size[0]}×{size[1]} pixels; crop them square")
         pixels = np.asarray(picture.convert(mode))
         rows.append(pixels[None] if mode == "L" else pixels.transpose(2, 0, 1))
     return torch.from_numpy(np.stack(rows))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +34,36 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """`write_json` of `value` with the checksum that `read_sealed` looks at."""
+    write_json(path, {**value, "sha256": _seal(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. Raises FileNotFoundError, or ValueError if a bit of it has changed."""
+    try:
+        value = json.loads(path.read_bytes())
+        if value.pop("sha256") == _seal(value):
+            return value
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{path} is damaged; delete that file and build again")
+
+
+def _seal(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """An OSError says what it stopped, and that the same call goes on from there."""
+    try:
+        yield
+    except OSError as error:
+        why = f"cannot write in {folder} ({error.strerror or error}); what is finished is safe: mend that and run it again"
+        raise OSError(error.errno, why) from error
 
 
 def sha256(path: Path) -> str:

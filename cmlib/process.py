@@ -14,6 +14,7 @@ EDM is the common language: `to_edm` and `from_edm` convert a state exactly.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,23 @@ import torch
 from torch import Tensor
 
 from cmlib.ops import expand_like
+
+
+def ode_step(denoise: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor, solver: str = "ddim") -> Tensor:
+    """One step of dx/dσ = (x − D(x, σ))/σ from t to r < t [B], EDM coordinates: Euler (which is DDIM) or Heun (EDM Alg. 1).
+
+    Heun falls back to Euler where r = 0, as there the slope is not defined. Raises ValueError on another solver.
+    """
+    if solver not in ("ddim", "heun"):
+        raise ValueError(f"an ODE step is 'ddim' or 'heun', got {solver!r}")
+    h = expand_like(r - t, x)
+    first = (x - denoise(x, t)) / expand_like(t, x)
+    x_r = x + h * first
+    if solver == "ddim":
+        return x_r
+    safe = torch.where(r > 0, r, t)
+    second = (x_r - denoise(x_r, safe)) / expand_like(safe, x)
+    return x + h * (first + torch.where(expand_like(r > 0, x), second, first)) / 2
 
 
 @dataclass(frozen=True)
@@ -100,8 +118,8 @@ class DDPM:
     _log_sigma: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.betas.ndim != 1 or not bool(((self.betas > 0) & (self.betas < 1)).all()):
-            raise ValueError("betas must be a vector of numbers strictly between 0 and 1")
+        if self.betas.ndim != 1 or len(self.betas) < 2 or not bool(((self.betas > 0) & (self.betas < 1)).all()):
+            raise ValueError("betas must be two or more numbers strictly between 0 and 1")
         alpha_bar = torch.cumprod(1.0 - self.betas, dim=0)
         object.__setattr__(self, "alpha_bar", alpha_bar)
         ab = alpha_bar.double()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cmlib.consistency import ConsistencyFunction, c_noise
 from cmlib.ops import expand_like
-from cmlib.process import DDPM
+from cmlib.process import DDPM, ode_step
 from cmlib.unet import UNet
 
 SOLVERS = ("posterior_mean", "ancestral", "ddim", "heun")
@@ -62,6 +64,7 @@ class Teacher:
 
         return DDPMScheduler(
             num_train_timesteps=self.process.T,
+            beta_schedule=self.process.name,  # only the name: diffusers takes the betas from the next line
             trained_betas=self.process.betas.tolist(),
             variance_type=self.variance_type,
             clip_sample=self.clip is not None,
@@ -72,6 +75,12 @@ class Teacher:
         """Move the network; frozen and in eval mode from then on."""
         self.unet = self.unet.to(device).eval().requires_grad_(False)
         return self
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[C,H,W] of the images it makes."""
+        assert isinstance(self.unet, UNet)
+        return self.unet.config["in_channels"], self.unet.config["sample_size"], self.unet.config["sample_size"]
 
     @property
     def device(self) -> torch.device:
@@ -106,24 +115,8 @@ class Teacher:
         return (self.denoise(x, t, clip=False) - x) / expand_like(t, x) ** 2
 
     def ode_step(self, x: Tensor, t: Tensor, r: Tensor, solver: str = "ddim") -> Tensor:
-        """One step of dx/dσ = (x − D)/σ from t to r < t, EDM coordinates: Euler (which is DDIM) or Heun (EDM Alg. 1).
-
-        Heun falls back to Euler where r = 0, as there the slope is not defined.
-        """
-        if solver not in ("ddim", "heun"):
-            raise ValueError(f"an ODE step is 'ddim' or 'heun', got {solver!r}")
-        first = self.slope(x, t)
-        h = expand_like(r - t, x)
-        x_r = x + h * first
-        if solver == "ddim":
-            return x_r
-        safe = torch.where(r > 0, r, t)
-        second = torch.where(expand_like(r > 0, x), self.slope(x_r, safe), first)
-        return x + h * (first + second) / 2
-
-    def slope(self, x: Tensor, t: Tensor) -> Tensor:
-        """dx/dσ = (x − D(x, σ))/σ (EDM eq. 3)."""
-        return (x - self.denoise(x, t)) / expand_like(t, x)
+        """One step of the probability-flow ODE from t to r < t, EDM coordinates, `ddim` or `heun` (see `process.ode_step`)."""
+        return ode_step(self.denoise, x, t, r, solver)
 
     def posterior(self, x: Tensor, eps: Tensor, n: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(x_r | x_n, x̂0), DDPM eq. 6–7, for a *vector* of indices n and r < n (r = −1 is
@@ -175,3 +168,27 @@ class Teacher:
             draw = torch.randn(x.shape, generator=generator).to(x.device) if solver == "ancestral" else None
             x = self.step(x, at, to, solver, draw)
         return torch.stack([*states, x]) if path else self._clip(x)
+
+
+def warm_start(teacher: Teacher, sigma_max: float, sigma_data: float = 1.0) -> ConsistencyFunction:
+    """A student that starts from the teacher's weights: same body, its meaning of time and of the output translated.
+
+    With σ_d = 1 the input scaling 1/√(1+σ²) is the teacher's own. The time embedding is refitted, so that 250·ln σ gives
+    the features that n(σ) gave. As σ -> 0, c_out·F must be −σ·ε, hence the last layer's sign.
+    """
+    if not isinstance(teacher.unet, UNet):
+        raise TypeError("only a teacher over cmlib.unet.UNet can lend its weights")
+    net = UNet.from_config({**teacher.unet.config, "dropout": 0.0}).to(teacher.device)
+    net.load_state_dict(teacher.unet.state_dict())
+    net.conv_out.load_state_dict({k: -v for k, v in net.conv_out.state_dict().items()})
+    sigma_min = teacher.process.sigma_min
+    sigma = torch.logspace(math.log10(sigma_min), math.log10(sigma_max), 512, device=teacher.device)
+    with torch.no_grad():
+        goal = teacher.unet.time_features(teacher.process.index(sigma))
+    steps, optimizer = 400, torch.optim.Adam(net.time_embedding.parameters())
+    for k in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - k / steps)
+        optimizer.zero_grad()
+        (net.time_features(c_noise(sigma)) - goal).pow(2).mean().backward()
+        optimizer.step()
+    return ConsistencyFunction(net, sigma_min, sigma_max, sigma_data)

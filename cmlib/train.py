@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,65 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a checkpoint this version can read; move it away to start anew") from error
 
 
+class _Run:
+    """What training changes, and its checkpoint."""
+
+    def __init__(
+        self, model: nn.Module, mu: float, ema: float, optimizer: str, lr: float, weight_decay: float, settings: dict[str, Any]
+    ):
+        optimizers = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+        if optimizer not in optimizers:
+            raise ValueError(f"optimizer must be one of {', '.join(optimizers)}, got {optimizer!r}")
+        self.model, self.settings = model, settings
+        self.optimizer: Any = optimizers[optimizer](model.parameters(), lr=lr, weight_decay=weight_decay)
+        self.average = EMA(model, ema, warmup=True)
+        self.target = EMA(model, mu) if mu > 0 else None
+        if self.target:
+            self.target.model.train()  # the same dropout mask in both branches
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+
+    def finish_step(self) -> None:
+        """Move the weights, then both averages."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.average.update(self.model, self.step)
+        if self.target:
+            self.target.update(self.model, self.step)
+        self.step += 1
+
+    def save(self, path: Path) -> None:
+        """Replace the checkpoint atomically; the random state is (seed, step)."""
+        state = {
+            "config": getattr(self.model, "config", {}),
+            "model": self.model.state_dict(),
+            "ema": self.average.model.state_dict(),
+            "target": self.target.model.state_dict() if self.target else {},
+            "optimizer": self.optimizer.state_dict(),
+            "settings": self.settings,
+            "step": self.step,
+            "history": self.history,
+        }
+        write_atomically(path, lambda file: torch.save(state, file))
+
+    def restore(self, path: Path) -> None:
+        """Go back to a checkpoint of the same run. Raises ValueError naming what differs."""
+        state = read_checkpoint(path)
+        was = state.get("settings", {})
+        differs = [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in self.settings.items() if was.get(k) != v]
+        if differs:
+            raise ValueError(f"{path} belongs to another run ({'; '.join(differs)}); give another --out to start anew")
+        try:
+            self.model.load_state_dict(state["model"])
+            self.average.model.load_state_dict(state["ema"])
+            if self.target:
+                self.target.model.load_state_dict(state["target"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{path} belongs to another model or objective; give another --out to start anew") from error
+        self.step, self.history = state["step"], state["history"]
+
+
 def fit(
     model: nn.Module,
     objective: Any,
@@ -72,6 +132,7 @@ def fit(
     on_every: Callable[[int, nn.Module], dict[str, float] | None] | None = None,
     stop: Callable[[list[dict[str, float]]], bool] | None = None,
     precision: str = "no",
+    provenance: dict[str, Any] | None = None,
     name: str = "train",
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Minimise the mean of `objective` over `steps` batches; returns the EMA of `model` and the history.
@@ -79,91 +140,52 @@ def fit(
     `batches(k)` is the stream of batches from step k on. Everything random at step k follows from (seed, k), so a run
     that was killed and resumed equals one that was not, bit for bit on the CPU. Every `every` steps, `on_every(step,
     ema_model)` may add metrics to the history, `stop(history)` may end the run, and `folder/checkpoint.pt` is replaced
-    atomically. Raises FloatingPointError with the step at the first non-finite loss; the last checkpoint stays.
+    atomically; `resume` goes on from it and refuses one whose settings or `provenance` (data, teacher) differ.
+    Raises FloatingPointError with the step at the first non-finite loss; the last good checkpoint stays.
     """
     from accelerate import Accelerator
 
+    settings = {"objective": type(objective).__name__, "mu": objective.mu, "steps": steps, "lr": lr, "optimizer": optimizer}
+    settings |= {"weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "ema": ema, "grad_clip": grad_clip}
+    settings |= {"seed": seed, "precision": precision, **(provenance or {})}
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
-    optimizers = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
-    if optimizer not in optimizers:
-        raise ValueError(f"optimizer must be one of {', '.join(optimizers)}, got {optimizer!r}")
-    opt = optimizers[optimizer](model.parameters(), lr=lr, weight_decay=weight_decay)
-    average = EMA(model.to(accelerator.device), ema, warmup=True)
-    target = EMA(model, objective.mu) if objective.mu > 0 else None
+    run = _Run(model.to(accelerator.device), objective.mu, ema, optimizer, lr, weight_decay, settings)
     checkpoint = Path(folder) / "checkpoint.pt" if folder else None
-    start = 0
-    history: list[dict[str, float]] = []
     if checkpoint:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    if checkpoint and resume and checkpoint.exists():
-        start, history = _restore(read_checkpoint(checkpoint), checkpoint, model, average, target, opt, seed)
-    wrapped, opt = accelerator.prepare(model.train(), opt)
-    if target:
-        target.model.train()  # the same dropout mask in both branches
-    losses: list[Tensor] = []
+        if resume and checkpoint.exists():
+            run.restore(checkpoint)
+    wrapped, run.optimizer = accelerator.prepare(model.train(), run.optimizer)
+    rank, world, start = accelerator.process_index, accelerator.num_processes, run.step
     quiet = None if accelerator.is_main_process else True
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=quiet)
+    losses: list[Tensor] = []
+    began = time.monotonic()
     for step, batch in zip(bar, batches(start), strict=False):
-        rank, world = accelerator.process_index, accelerator.num_processes
         batch = {k: v[rank::world].to(accelerator.device) for k, v in batch.items()}
         generator = torch.Generator().manual_seed(step_seed(seed, step, rank))
         torch.manual_seed(step_seed(seed, step, rank) + 1)
-        for group in opt.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
         with accelerator.autocast():
-            per_sample, _ = objective(wrapped, target.model if target else model, batch, step, generator)
-        loss = per_sample.mean()
+            loss = objective(wrapped, run.target.model if run.target else model, batch, step, generator)[0].mean()
         if not torch.isfinite(loss):
             kept = f"; the last good checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
             raise FloatingPointError(f"loss is {loss.item()} at step {step}{kept}. Lower the learning rate or check the data.")
         accelerator.backward(loss)
         if grad_clip:
             accelerator.clip_grad_norm_(wrapped.parameters(), grad_clip)
-        opt.step()
-        opt.zero_grad()
-        average.update(model, step)
-        if target:
-            target.update(model, step)
+        run.finish_step()
         losses.append(loss.detach())
-        if (step + 1) % every == 0 or step + 1 == steps:
-            row = {"step": step + 1, "loss": float(torch.stack(losses).mean())}
-            row |= (on_every(step + 1, average.model) if on_every else None) or {}
-            history, losses = [*history, row], []
-            bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "step"})
+        if run.step % every == 0 or run.step == steps:
+            seconds = time.monotonic() - began + (run.history[-1]["seconds"] if run.history else 0.0)
+            row = {"step": run.step, "loss": float(torch.stack(losses).mean()), "seconds": round(seconds, 1)}
+            row |= (on_every(run.step, run.average.model) if on_every else None) or {}
+            losses, began = [], time.monotonic()
+            run.history.append(row)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k in ("loss", "held_out")})
             if checkpoint and accelerator.is_main_process:
-                _save(checkpoint, model, average, target, opt, seed, step + 1, history)
-            if stop and stop(history):
+                run.save(checkpoint)
+            if stop and stop(run.history):
                 break
-    return average.model, history
-
-
-def _save(
-    path: Path, model: nn.Module, average: EMA, target: EMA | None, opt: Any, seed: int, step: int, history: list
-) -> None:
-    state = {
-        "config": getattr(model, "config", {}),
-        "model": model.state_dict(),
-        "ema": average.model.state_dict(),
-        "target": target.model.state_dict() if target else {},
-        "optimizer": opt.state_dict(),
-        "seed": seed,
-        "step": step,
-        "history": history,
-    }
-    write_atomically(path, lambda file: torch.save(state, file))
-
-
-def _restore(
-    state: dict, path: Path, model: nn.Module, average: EMA, target: EMA | None, opt: Any, seed: int
-) -> tuple[int, list]:
-    if state["seed"] != seed:
-        raise ValueError(f"{path} was trained with seed {state['seed']}, not {seed}; resume with that seed")
-    try:
-        model.load_state_dict(state["model"])
-        average.model.load_state_dict(state["ema"])
-        if target:
-            target.model.load_state_dict(state["target"])
-        opt.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} belongs to another model or objective; give another --out to start anew") from error
-    return state["step"], state["history"]
+    return run.average.model, run.history

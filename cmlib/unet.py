@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -116,19 +116,23 @@ class Upsample(nn.Module):
 class Block(nn.Module):
     """One resolution: residual blocks, attention after each where asked, then a resampling where there is one."""
 
-    def __init__(self, resnets: list[nn.Module], attentions: list[nn.Module], **resampler: nn.Module):
+    def __init__(
+        self,
+        resnets: Sequence[nn.Module],
+        attentions: Sequence[nn.Module],
+        downsamplers: Sequence[nn.Module] = (),
+        upsamplers: Sequence[nn.Module] = (),
+    ):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        if attentions:
-            self.attentions = nn.ModuleList(attentions)
-        for name, module in resampler.items():
-            self.add_module(name, nn.ModuleList([module]))
-        self.has_attention = bool(attentions)
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList(downsamplers)
+        self.upsamplers = nn.ModuleList(upsamplers)
 
     def layer(self, i: int, x: Tensor, temb: Tensor) -> Tensor:
         """Residual block i, then its attention."""
         x = self.resnets[i](x, temb)
-        return self.attentions[i](x) if self.has_attention else x
+        return self.attentions[i](x) if i < len(self.attentions) else x
 
 
 class UNet(nn.Module):
@@ -176,11 +180,10 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of every state the way up will see again
         for level, (c, kind) in enumerate(zip(widths, down_block_types, strict=True)):
-            resnets: list[nn.Module] = [resnet(skips[-1] if i == 0 else c, c) for i in range(layers_per_block)]
-            attentions: list[nn.Module] = [attention(c) for _ in resnets] if "Attn" in kind else []
+            resnets = [resnet(skips[-1] if i == 0 else c, c) for i in range(layers_per_block)]
+            attentions = [attention(c) for _ in resnets] if "Attn" in kind else []
             last = level == len(widths) - 1
-            resampler: dict[str, nn.Module] = {} if last else {"downsamplers": Downsample(c, downsample_padding)}
-            self.down_blocks.append(Block(resnets, attentions, **resampler))
+            self.down_blocks.append(Block(resnets, attentions, [] if last else [Downsample(c, downsample_padding)]))
             skips += [c] * (layers_per_block + (not last))
 
         self.mid_block = Block([resnet(widths[-1], widths[-1]) for _ in range(2)], [attention(widths[-1])])
@@ -190,12 +193,13 @@ class UNet(nn.Module):
         for level, (c, kind) in enumerate(zip(reversed(widths), up_block_types, strict=True)):
             resnets = [resnet((below if i == 0 else c) + skips.pop(), c) for i in range(layers_per_block + 1)]
             attentions = [attention(c) for _ in resnets] if "Attn" in kind else []
-            resampler = {} if level == len(widths) - 1 else {"upsamplers": Upsample(c)}
-            self.up_blocks.append(Block(resnets, attentions, **resampler))
+            last = level == len(widths) - 1
+            self.up_blocks.append(Block(resnets, attentions, upsamplers=[] if last else [Upsample(c)]))
             below = c
 
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # up to a third faster on CPU and GPU
 
     def time_features(self, t: Tensor) -> Tensor:
         """The embedding that every residual block receives: [B] -> [B, 4·width]."""
@@ -206,23 +210,25 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         temb = F.silu(self.time_features(t))
         h = self.conv_in(x)
+        if h.device.type == "cpu":  # oneDNN convolves fastest in channels-last memory; every later state inherits it
+            h = h.contiguous(memory_format=torch.channels_last)
         skips = [h]
-        for block in self.down_blocks:
+        for block in cast("list[Block]", self.down_blocks):
             for i in range(len(block.resnets)):
                 h = block.layer(i, h, temb)
                 skips.append(h)
-            if hasattr(block, "downsamplers"):
-                h = block.downsamplers[0](h)
+            for downsample in block.downsamplers:
+                h = downsample(h)
                 skips.append(h)
 
         h = self.mid_block.layer(0, h, temb)
         h = self.mid_block.resnets[1](h, temb)
 
-        for block in self.up_blocks:
+        for block in cast("list[Block]", self.up_blocks):
             for i in range(len(block.resnets)):
                 h = block.layer(i, torch.cat([h, skips.pop()], dim=1), temb)
-            if hasattr(block, "upsamplers"):
-                h = block.upsamplers[0](h)
+            for upsample in block.upsamplers:
+                h = upsample(h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 
     @classmethod

@@ -1,0 +1,7 @@
+"""`python -m cmlib`."""
+
+import sys
+
+from cmlib.cli import main
+
+sys.exit(main())

@@ -1,0 +1,135 @@
+"""`cmlib …`: every command takes --profile, --dataset, --seed, --out, writes metrics.json and exits 2 on bad input."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cmlib import __version__, commands
+from cmlib.files import write_json
+from cmlib.ops import seed_everything
+from cmlib.pipeline import OBJECTIVES
+from cmlib.profiles import PROFILES, select
+from cmlib.teacher import SOLVERS
+
+TEACHER = "hub id or folder (default: the profile's)"
+
+
+def _command(parent: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
+    p = parent.add_parser(name, help=text, description=text)
+    p.set_defaults(function=function)
+    p.add_argument("--profile", help=f"one of {', '.join(PROFILES)} (default: CMLIB_PROFILE, else what fits the machine)")
+    p.add_argument("--dataset", help="digits, cifar10, fashion_mnist, a hub id or a folder (default: the profile's)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, help="folder for the results (default: runs/COMMAND)")
+    return p
+
+
+def _add_teacher(actions: Any) -> None:
+    for name, text in (("train", "train one from nothing"), ("finetune", "fine-tune one")):
+        p = _command(actions, name, commands.teacher_train, text)
+        p.add_argument("--updates", type=int, help="optimiser steps (default: the profile's)")
+        p.add_argument("--lr", type=float, help="peak learning rate (default: the profile's; finetune 2e-4)")
+        p.add_argument("--schedule", choices=["linear", "cosine", "cosine-linear"], default="linear", help="of β")
+        p.add_argument("--patience", type=int, default=0, help="stop after this many epochs without progress (0: never)")
+        p.add_argument("--limit", type=int, help="use this many images")
+        p.add_argument("--resume", action="store_true", help="go on exactly where a run in --out stopped")
+        if name == "finetune":
+            p.add_argument("--teacher", help=TEACHER)
+            p.add_argument("--refresh", type=Path, help="pair cache whose targets follow the teacher after every epoch")
+    p = _command(actions, "eval", commands.teacher_eval, "held-out error, and distances of its samples")
+    p.add_argument("--teacher", help=TEACHER)
+    p.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    p.add_argument("--samples", type=int, help="number of samples (default: the profile's)")
+
+
+def _add_cache(actions: Any) -> None:
+    p = _command(actions, "build", commands.cache_build, "build, resume or repair one")
+    p.add_argument("--teacher", help=TEACHER)
+    p.add_argument("--source", choices=["data", "rollout"], help="default: the profile's")
+    p.add_argument("--solver", choices=SOLVERS, help="default: the profile's")
+    p.add_argument("--pairs", type=int, help="default: the profile's")
+    p.add_argument("--delta", type=int, default=1, help="chain steps between x_t and the target, for source data")
+    p.add_argument("--steps", type=int, help="steps of a trajectory, for source rollout (default: the profile's)")
+    p.add_argument("--batch-size", type=int, default=250)
+    _command(actions, "verify", commands.cache_verify, "check every shard against its checksum").add_argument(
+        "cache", type=Path
+    )
+    p = _command(actions, "refresh", commands.cache_refresh, "recompute the targets with another teacher")
+    p.add_argument("cache", type=Path)
+    p.add_argument("--teacher", required=True, help="hub id or folder")
+    _command(actions, "info", commands.cache_info, "what a cache holds").add_argument("cache", type=Path)
+
+
+def _add_students(top: Any) -> None:
+    p = _command(top, "distill", commands.distill, "train a student")
+    p.add_argument("--objective", choices=OBJECTIVES, default="consistency-distillation")
+    p.add_argument("--cache", type=Path, help="pair cache (consistency-distillation without one makes its pairs on the fly)")
+    p.add_argument("--teacher", help=TEACHER)
+    p.add_argument("--student", type=Path, help="start from this checkpoint instead of the teacher's weights")
+    p.add_argument("--updates", type=int, help="optimiser steps (default: the profile's)")
+    p.add_argument("--resume", action="store_true", help="go on exactly where a run in --out stopped")
+    p.add_argument("--limit", type=int, help="use this many images")
+
+    p = _command(top, "sample", commands.sample, "images from a student")
+    p.add_argument("--checkpoint", type=Path, required=True)
+    p.add_argument("--evaluations", type=int, default=1, help="network evaluations an image")
+    p.add_argument("--n", type=int, default=48)
+
+    p = _command(
+        top, "evaluate", commands.evaluate_student, "reconstruction error, self-consistency gap, distances between sets"
+    )
+    p.add_argument("--checkpoint", type=Path, required=True)
+    p.add_argument("--teacher", help=TEACHER)
+    p.add_argument("--samples", type=int, help="number of samples (default: the profile's)")
+    p.add_argument("--fid", action="store_true", help="also FID on Inception features, where its weights are there")
+    p.add_argument("--limit", type=int, help="use this many reference images")
+
+    p = _command(top, "export", commands.export, "a student in another format")
+    p.add_argument("--format", choices=["diffusers"], default="diffusers")
+    p.add_argument("--checkpoint", type=Path, required=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    root = argparse.ArgumentParser(prog="cmlib", description="Learn, reproduce and ship consistency models.")
+    root.add_argument("--version", action="version", version=f"cmlib {__version__}")
+    top = root.add_subparsers(required=True, metavar="command")
+    p = _command(top, "demo", commands.demo, "the whole pipeline on small images, with its baselines")
+    p.add_argument("--quick", action="store_true", help="the `quick` profile: 90 seconds, lower quality")
+    p.add_argument("--full", action="store_true", help="add DDIM-200 and DDPM-1000 to the comparison")
+    p.add_argument("--train-teacher", action="store_true", help="train the teacher from nothing instead of loading it")
+    for name, text, add in (("teacher", "the DDPM teacher", _add_teacher), ("cache", "the pair cache", _add_cache)):
+        add(top.add_parser(name, help=text, description=text).add_subparsers(required=True, metavar="action"))
+    _add_students(top)
+    _command(top, "doctor", commands.doctor, "what this machine has and lacks, and which profile fits")
+    return root
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point: 0 on success, 2 with one line on bad input, 130 when interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        for name in ("updates", "limit", "samples", "pairs", "steps", "evaluations", "n", "delta", "batch_size"):
+            if (value := getattr(args, name, None)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        default = "cpu" if args.function is commands.demo else None  # the demo is about embedded data on any machine
+        profile = select(args.profile or ("quick" if getattr(args, "quick", False) else default))
+        profile = replace(profile, dataset=args.dataset or profile.dataset)
+        if args.out is None:
+            quick = "-quick" if profile.name == "quick" else ""
+            args.out = Path("runs") / (args.function.__name__.replace("_", "-") + quick)
+        args.out.mkdir(parents=True, exist_ok=True)
+        seed_everything(args.seed)
+        metrics = args.function(args, profile)
+        write_json(args.out / "metrics.json", {**metrics, "protocol.seed": args.seed, "protocol.profile": profile.name})
+        return 0
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"cmlib: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("cmlib: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130

@@ -1,0 +1,266 @@
+"""What each command of the command line does: arguments and profile in, a flat dict of metrics out."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from cmlib import data, evaluate, pipeline, plots, report
+from cmlib import demo as demo_run
+from cmlib import export as exporting
+from cmlib.cache import PairCache
+from cmlib.consistency import ConsistencyFunction
+from cmlib.ops import indexed_normal
+from cmlib.process import DDPM
+from cmlib.profiles import Profile, select, small_unet
+from cmlib.teacher import Teacher, warm_start
+from cmlib.unet import UNet
+
+Metrics = dict[str, Any]
+
+
+def demo(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib demo`"""
+    if profile.name in ("quick", "ci"):
+        print(f"Profile {profile.name}: a small cache and short training, so the students are worse than the README's.")
+    metrics = demo_run.run(profile, args.out, args.seed, args.full, args.train_teacher)
+    print("\n" + report.text(report.table(profile.dataset, metrics)) + "\n\n" + report.verdict(metrics))
+    print(f"\n{metrics['seconds.total']:.0f} s, at most {metrics['memory.peak_mb']:.0f} MB. Open {args.out / 'report.html'}")
+    return metrics
+
+
+def _teacher(args: Namespace, profile: Profile) -> Teacher:
+    return pipeline.load_teacher(args.teacher or profile.teacher)
+
+
+def teacher_train(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib teacher train` and `cmlib teacher finetune`"""
+    images, _ = data.load(profile.dataset, limit=args.limit)
+    held_out, _ = data.load(profile.dataset, "test", limit=500)
+    schedules: dict[str, Callable[[], DDPM]] = {
+        "linear": DDPM.linear,
+        "cosine": DDPM.cosine,
+        "cosine-linear": DDPM.cosine_linear,
+    }
+    process = schedules[args.schedule]()
+    refresh = None
+    if hasattr(args, "teacher"):
+        start = _teacher(args, profile).unet
+        assert isinstance(start, UNet)
+        unet, lr = start.requires_grad_(True), args.lr or 2e-4
+        refresh = PairCache.open(args.refresh) if args.refresh else None
+    else:
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        unet, lr = UNet(**small_unet(shape, profile.widths, dropout=0.1)), args.lr or profile.teacher_lr
+    before = pipeline.epsilon_error(process, unet.eval(), held_out)
+    teacher, history = pipeline.train_teacher(
+        unet,
+        process,
+        images,
+        held_out,
+        args.updates or profile.teacher_updates,
+        lr,
+        profile.batch_size,
+        args.out,
+        args.seed,
+        resume=args.resume,
+        patience=args.patience,
+        refresh=refresh,
+    )
+    teacher.save_pretrained(args.out / "pipeline")
+    last = history[-1]
+    print(f"held-out ε-MSE {before:.4f} -> {last['held_out']:.4f} after {last['step']} updates, in {args.out / 'pipeline'}")
+    return {
+        "mse.held_out_before": before,
+        "mse.held_out": last["held_out"],
+        "updates": last["step"],
+        "seconds.total": last["seconds"],
+        "protocol.schedule": process.name,
+    }
+
+
+def teacher_eval(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib teacher eval`"""
+    images, labels = data.load(profile.dataset)
+    held_out = data.load(profile.dataset, "test")
+    teacher = pipeline.load_teacher(args.teacher or profile.teacher, tuple(images.shape[1:]))
+    n = min(args.samples or profile.samples, len(images))
+    fakes = pipeline.draw_teacher(teacher, n, args.steps, "ddim", tuple(images.shape[1:]), args.seed)
+    plots.save(
+        plots.samples({f"DDIM-{args.steps}": data.to_float(fakes), "real": data.to_float(held_out[0])}),
+        args.out / "samples.png",
+    )
+    found = {"mse.held_out": pipeline.epsilon_error(teacher.process, teacher.unet, held_out[0][:500], 1)}
+    features = pipeline.Features.of(profile.dataset, args.out, images, labels, held_out)
+    for name, drawn in {"real": held_out[0], f"teacher_ddim{args.steps}": fakes}.items():
+        found |= features.compare(name, drawn)
+    return _say({**found, **features.protocol, "protocol.n": n})
+
+
+def _say(metrics: Metrics) -> Metrics:
+    for key, value in metrics.items():
+        print(f"{key:40} {value:.5g}" if isinstance(value, float) else f"{key:40} {value}")
+    return metrics
+
+
+# ---- pair cache
+
+
+def cache_build(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib cache build`"""
+    teacher = _teacher(args, profile)
+    source = args.source or profile.source
+    solver = args.solver or ("posterior_mean" if source == "data" else profile.solver)
+    images, _ = data.load(profile.dataset, limit=None if source == "data" else 1)
+    cache = PairCache.build(
+        args.out,
+        teacher,
+        args.pairs or profile.pairs,
+        source=source,
+        images=images if source == "data" else None,
+        solver=solver,
+        delta=args.delta,
+        steps=args.steps or profile.rollout_steps,
+        shape=(images.shape[1], images.shape[2], images.shape[3]),
+        seed=args.seed,
+        batch_size=args.batch_size,
+    )
+    return _say(_info(cache))
+
+
+def _info(cache: PairCache) -> Metrics:
+    size = sum(cache.path(s).stat().st_size for s in range(cache.n_shards) if cache.path(s).exists())
+    return {"pairs": len(cache), "shards": cache.n_shards, "megabytes": size / 1e6} | {
+        f"protocol.{k}": v for k, v in cache.key.items()
+    }
+
+
+def cache_info(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib cache info`"""
+    return _say(_info(PairCache(args.cache)))
+
+
+def cache_verify(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib cache verify`"""
+    cache = PairCache(args.cache)
+    damaged = cache.verify()
+    if damaged:
+        named = ", ".join(map(str, damaged[:10])) + (", …" if len(damaged) > 10 else "")
+        raise ValueError(
+            f"{len(damaged)} of {cache.n_shards} shards are damaged or missing ({named}); the same build repairs them"
+        )
+    return _say({"shards.good": cache.n_shards, "shards.damaged": 0})
+
+
+def cache_refresh(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib cache refresh`"""
+    return _say(_info(PairCache(args.cache).refresh(_teacher(args, profile))))
+
+
+# ---- students
+
+
+def distill(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib distill`"""
+    teacher = _teacher(args, profile)
+    cache = PairCache.open(args.cache, teacher) if args.cache else None
+    images = None
+    if cache is None:
+        if args.objective != "consistency-distillation":
+            raise ValueError(f"{args.objective} needs --cache FOLDER; build one with `cmlib cache build`")
+        images, _ = data.load(profile.dataset, limit=args.limit)
+    if args.student:
+        student = ConsistencyFunction.load(args.student).train()
+    else:
+        sigma_max = float(teacher.process.sigma(teacher.process.grid(profile.rollout_steps)[-1:]))
+        student = warm_start(teacher, sigma_max)
+    pairs: dict[str, Any] = {"cache": cache, "teacher": teacher, "images": images}
+    trained, history = pipeline.distill(
+        args.objective, student, profile, args.out / "training", args.seed, args.updates, args.resume, **pairs
+    )
+    trained.save(args.out / "student.pt")
+    trained.save(args.out / "student.safetensors")
+    drawn = {f"{k} evaluation(s)": pipeline.draw(trained, 48, k, trained.image_shape, args.seed) for k in (1, 2)}
+    plots.save(plots.samples({name: data.to_float(images) for name, images in drawn.items()}), args.out / "samples.png")
+    print(f"loss {history[0]['loss']:.4g} -> {history[-1]['loss']:.4g}; student in {args.out / 'student.pt'}")
+    return {"loss.first": history[0]["loss"], "loss.last": history[-1]["loss"], "seconds.total": history[-1]["seconds"]}
+
+
+def sample(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib sample`"""
+    f = ConsistencyFunction.load(args.checkpoint)
+    images = pipeline.draw(f, args.n, args.evaluations, f.image_shape, args.seed)
+    plots.save(plots.samples({f"{args.evaluations} evaluation(s)": data.to_float(images)}), args.out / "samples.png")
+    exporting.save_npz(args.out / "samples.npz", images)
+    print(f"{args.n} images in {args.out / 'samples.npz'} and samples.png")
+    return {"n": args.n, "evaluations": args.evaluations, "protocol.sigmas": f.levels(args.evaluations)}
+
+
+def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib evaluate`"""
+    f = ConsistencyFunction.load(args.checkpoint)
+    images, labels = data.load(profile.dataset, limit=args.limit)
+    held_out = data.load(profile.dataset, "test", limit=args.limit)
+    shape = f.image_shape
+    teacher = pipeline.load_teacher(args.teacher or profile.teacher, tuple(images.shape[1:]))
+    n = min(args.samples or profile.samples, len(images))
+    found: Metrics = {}
+    fakes = {f"student_{k}": pipeline.draw(f, n, k, shape, args.seed) for k in (1, 2)}
+    fakes["teacher_ddim50"] = pipeline.draw_teacher(teacher, n, 50, "ddim", shape, args.seed)
+    features = pipeline.Features.of(profile.dataset, args.out, images, labels, held_out)
+    for name, drawn in {"real": held_out[0], **fakes}.items():
+        found |= features.compare(name, drawn)
+    if args.fid:
+        found |= {f"fid.{name}": evaluate.inception_fid(images, drawn) for name, drawn in fakes.items()}
+    indices, distance = evaluate.reconstruction_error(f, held_out[0][:64], teacher.process, profile.timesteps, args.seed)
+    sigma = teacher.process.sigma(indices)
+    noise = indexed_normal(pipeline.SAMPLING_SEED + args.seed, range(64), shape, 7)
+    levels, gap = evaluate.self_consistency_gap(f, teacher, noise)
+    curve = plots.curves(
+        {"student": plots.binned(sigma, distance)}, "noise level σ", "‖f(x_t, t) − x0‖", "Distance to the image"
+    )
+    plots.save(curve, args.out / "reconstruction.png")
+    curve = plots.curves({"student": (levels, gap)}, "noise level σ", "RMS of f(x_t, t) − x_end", "Self-consistency gap")
+    plots.save(curve, args.out / "gap.png")
+    found |= {"distance.student": float(distance.mean()), "gap.student": float(gap.mean())}
+    return _say({**found, **features.protocol, "protocol.n": n, "protocol.timesteps": profile.timesteps})
+
+
+def export(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib export`"""
+    f = ConsistencyFunction.load(args.checkpoint)
+    exporting.export_diffusers(f, args.out)
+    print(f"ConsistencyModelPipeline.from_pretrained({str(args.out)!r}) loads it")
+    return {f"protocol.{k}": v for k, v in f.config.items() if k != "unet"}
+
+
+def doctor(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib doctor`"""
+    found: Metrics = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
+    for package in (
+        "torch",
+        "diffusers",
+        "datasets",
+        "accelerate",
+        "torchmetrics",
+        "ipywidgets",
+        "jupyterlab",
+        "torch-fidelity",
+    ):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "missing"
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    found["free_disk_gb"] = round(shutil.disk_usage(".").free / 1e9, 1)
+    found["shipped_teacher"] = "found" if pipeline.shipped("digits_teacher").exists() else "missing"
+    found["datasets_folder"] = os.environ.get("CMLIB_DATASETS", "not set: data sets other than digits come from the hub")
+    found["profile"] = select().name
+    return _say(found)

@@ -1,0 +1,227 @@
+"""The whole pipeline: teacher, pair cache, two students on it, and the comparison that says what each is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmlib import data, evaluate
+from cmlib.cache import PairCache
+from cmlib.consistency import ConsistencyFunction, sample
+from cmlib.files import sha256
+from cmlib.objectives import ConsistencyDistillation, Denoising, Distance, EndpointRegression, PairRegression
+from cmlib.ops import indexed_normal, pseudo_huber
+from cmlib.process import DDPM, EDM
+from cmlib.profiles import Profile
+from cmlib.teacher import Teacher
+from cmlib.train import fit, plateaued
+from cmlib.unet import UNet
+
+SAMPLING_SEED = 10_000  # sampling noise never coincides with a rollout's
+
+
+def shipped(name: str) -> Path:
+    """A file or folder that comes with the course: `data/` in a checkout, `cmlib/shipped/` in an installed wheel."""
+    here = Path(__file__).resolve().parent
+    return next((p for p in (here.parent / "data" / name, here / "shipped" / name) if p.exists()), Path(name))
+
+
+def load_teacher(source: str, shape: tuple[int, ...] | None = None) -> Teacher:
+    """A shipped teacher by name, else a folder or hub id; refused where its images are not of `shape`."""
+    teacher = Teacher.from_pretrained(shipped(source) if shipped(source).exists() else source)
+    if shape is not None and shape != teacher.image_shape:
+        raise ValueError(
+            f"teacher {source!r} makes images {teacher.image_shape}, the data set's are {shape}; give another --teacher,"
+            " or train one with `cmlib teacher train`"
+        )
+    return teacher
+
+
+@dataclass(frozen=True)
+class Features:
+    """A classifier and the reference images' features: what a Fréchet distance `fd_<dataset>` is measured with."""
+
+    dataset: str
+    classifier: evaluate.Classifier
+    reference: Tensor  # [N,d]
+    n_real: int
+    protocol: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, dataset: str, out: Path, images: Tensor, labels: Tensor | None, held_out: tuple[Tensor, Tensor | None]
+    ) -> Features:
+        """The shipped classifier of `dataset`, else one trained on its labels for a minute or two and kept in `out`."""
+        path = shipped(f"{dataset}_classifier.safetensors")
+        if not path.exists():
+            path = out / "classifier.safetensors"
+        if not path.exists():
+            if labels is None:
+                raise ValueError(
+                    f"data set {dataset!r} has no labels to train features on; only digits ships with a classifier"
+                )
+            new = evaluate.Classifier(images.shape[1], images.shape[2], int(labels.max()) + 1)
+            stream = partial(data.batches, images, 64, 0)
+            trained, _ = fit(new, evaluate.Classification(labels), stream, 700, lr=2e-3, warmup=50, ema=0.99, name="features")
+            trained.save(path)  # type: ignore[operator]
+        classifier = evaluate.Classifier.load(path)
+        right = float("nan") if held_out[1] is None else evaluate.accuracy(classifier, held_out[0], held_out[1])
+        protocol = {
+            "protocol.reference": f"{dataset} train split, {len(images)} images",
+            "protocol.features": f"{path.name}, sha256 {sha256(path)[:12]}, accuracy {right:.3f}",
+            "protocol.rounding": "float [-1, 1] -> uint8, rounded",
+            "protocol.weights": "EMA",
+            "protocol.n_real": len(held_out[0]),
+        }
+        return cls(dataset, classifier, evaluate.features(classifier, images), len(held_out[0]), protocol)
+
+    def compare(self, name: str, fakes: Tensor) -> dict[str, float]:
+        """fd_<dataset>, KID, precision and recall of `fakes`; and the distance of as many of them as there are held-out
+        real images, which is what compares with `real`."""
+        drawn = evaluate.features(self.classifier, fakes)
+        precision, recall = evaluate.precision_recall(self.reference, drawn)
+        found = {
+            f"fd_{self.dataset}.{name}": evaluate.frechet_distance(self.reference, drawn),
+            f"kid.{name}": evaluate.kernel_distance(self.reference, drawn),
+            f"precision.{name}": precision,
+            f"recall.{name}": recall,
+        }
+        if len(drawn) > self.n_real:
+            found[f"fd_{self.dataset}.{name}_at_n_real"] = evaluate.frechet_distance(self.reference, drawn[: self.n_real])
+        return found
+
+
+# ---- teacher
+
+
+@torch.no_grad()
+def epsilon_error(process: DDPM, unet: Any, images: Tensor, repeats: int = 4) -> float:
+    """L_DDPM on uint8 images with noise and indices that never change, so that epochs compare."""
+    x0 = data.to_float(images.repeat(repeats, 1, 1, 1))
+    generator = torch.Generator().manual_seed(1)
+    objective = Denoising(process)
+    losses = [objective(unet, unet, {"x0": part}, 0, generator)[0] for part in x0.split(500)]
+    return float(torch.cat(losses).mean())
+
+
+def train_teacher(
+    unet: UNet,
+    process: DDPM,
+    images: Tensor,
+    held_out: Tensor,
+    updates: int,
+    lr: float,
+    batch_size: int,
+    out: Path,
+    seed: int = 0,
+    resume: bool = True,
+    patience: int = 0,
+    refresh: PairCache | None = None,
+) -> tuple[Teacher, list[dict[str, float]]]:
+    """Train or fine-tune a DDPM: ε-MSE, 1,000 steps of warm-up, EMA 0.999, held-out error after every epoch.
+
+    `patience` epochs without progress end the run (0: never). With `refresh`, the cache's targets are recomputed by the
+    EMA teacher after every epoch (the brief's step 3).
+    """
+
+    def on_epoch(step: int, average: Any) -> dict[str, float]:
+        if refresh is not None:
+            refresh.refresh(Teacher(average, process))
+        return {"held_out": epsilon_error(process, average, held_out)}
+
+    def at_plateau(history: list[dict[str, float]]) -> bool:
+        return patience > 0 and plateaued([row["held_out"] for row in history], patience)
+
+    epoch = max(1, len(images) // batch_size)
+    average, history = fit(
+        unet,
+        Denoising(process),
+        lambda start: data.batches(images, batch_size, seed, start),
+        updates,
+        lr=lr,
+        warmup=min(1_000, updates // 4),
+        seed=seed,
+        folder=out,
+        resume=resume,
+        every=epoch,
+        on_every=on_epoch,
+        stop=at_plateau,
+        name="teacher",
+    )
+    return Teacher(average, process).to("cpu"), history
+
+
+# ---- students
+
+OBJECTIVES = ("pair-regression", "endpoint-regression", "consistency-distillation")
+
+
+def distill(
+    objective: str,
+    student: ConsistencyFunction,
+    profile: Profile,
+    out: Path,
+    seed: int = 0,
+    updates: int | None = None,
+    resume: bool = False,
+    cache: PairCache | None = None,
+    teacher: Teacher | None = None,
+    images: Tensor | None = None,
+) -> tuple[ConsistencyFunction, list[dict[str, float]]]:
+    """Train `student` on the cache by one of OBJECTIVES; consistency distillation with a `teacher` and uint8 `images`
+    makes its pairs on the fly, by Heun steps on an 18-level Karras grid."""
+
+    huber: Distance = partial(pseudo_huber, c=0.24)
+    if objective == "pair-regression":
+        chosen: Any = PairRegression()
+        settings: dict[str, Any] = {"steps": updates or profile.regression_updates, "lr": 2e-4}
+    elif objective == "endpoint-regression":
+        chosen = EndpointRegression(huber)
+        settings = {"steps": updates or profile.endpoint_updates, "lr": 1e-3, "warmup": 20}
+    elif objective == "consistency-distillation":
+        chosen = ConsistencyDistillation(distance=huber, mu=0.97)
+        settings = {"steps": updates or profile.distill_updates, "lr": 1.5e-4, "optimizer": "radam"}
+    else:
+        raise ValueError(f"no objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
+    if cache is not None:
+        batches: Any = partial(cache.loader, profile.batch_size, seed)
+        settings["provenance"] = {"cache": cache.key}
+    elif teacher is not None and images is not None and isinstance(chosen, ConsistencyDistillation):
+        levels = EDM(teacher.process.sigma_min, student.sigma_max).grid(18)
+        chosen = replace(chosen, teacher=teacher, levels=levels)
+        batches = partial(data.batches, images, profile.batch_size, seed)
+        settings["provenance"] = {"teacher": teacher.hash()}
+    else:
+        raise ValueError(f"{objective} needs a pair cache; build one with `cmlib cache build`")
+    if objective == "endpoint-regression" and "x_end" not in next(batches(0)):
+        raise ValueError("endpoint-regression needs a cache of source rollout, which keeps where each path ends")
+    common: dict[str, Any] = {"seed": seed, "folder": out, "resume": resume, "precision": profile.precision, "ema": 0.99}
+    average, history = fit(student.requires_grad_(True), chosen, batches, name=objective, **settings, **common)
+    assert isinstance(average, ConsistencyFunction)
+    return average.eval(), history
+
+
+def draw(f: ConsistencyFunction, n: int, evaluations: int, shape: tuple[int, ...], seed: int, batch: int = 500) -> Tensor:
+    """n uint8 images from f; image i depends on (seed, i) alone."""
+    parts = []
+    for index in torch.arange(n).split(batch):
+        noise = [indexed_normal(SAMPLING_SEED + seed, index, shape, k) for k in range(evaluations)]
+        parts.append(data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)))
+    return torch.cat(parts)
+
+
+def draw_teacher(
+    teacher: Teacher, n: int, steps: int, solver: str, shape: tuple[int, ...], seed: int, batch: int = 500
+) -> Tensor:
+    """n uint8 images from the teacher, from the same noise as `draw`."""
+    parts = []
+    for index in torch.arange(n).split(batch):
+        noise = indexed_normal(SAMPLING_SEED + seed, index, shape)
+        generator = torch.Generator().manual_seed(int(index[0]) + seed)
+        parts.append(data.to_uint8(teacher.sample(noise, steps, solver, generator=generator)))
+    return torch.cat(parts)

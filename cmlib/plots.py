@@ -1,0 +1,120 @@
+"""Figures as pure functions: data in, a matplotlib Figure out. Colour-blind-safe, pixels never smoothed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cmlib.files import write_atomically
+
+# Okabe & Ito 2008
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+
+
+def png(figure: Figure, dpi: int = 110) -> bytes:
+    """The figure as PNG bytes; closes it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as PNG, atomically; closes it."""
+    data = png(figure)
+    write_atomically(path, lambda file: file.write(data))
+
+
+def show(ax: Axes, image: Tensor, title: str = "") -> None:
+    """Draw one image [C,H,W] in [-1, 1], nearest-neighbour."""
+    pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy()
+    ax.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    if title:
+        ax.set_title(title, fontsize=10)
+
+
+def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
+    """One picture [C,H',W'] of images [N,C,H,W] in rows of `columns`, white lines between."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    sheet = torch.ones(c, rows * (h + gap) - gap, columns * (w + gap) - gap)
+    for i, image in enumerate(images.detach().cpu()):
+        y, x = divmod(i, columns)
+        sheet[:, y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
+    return sheet
+
+
+def samples(sets: Mapping[str, Tensor], columns: int = 12, rows: int = 4) -> Figure:
+    """One panel of samples for each named set of images, two panels a row."""
+    height = -(-len(sets) // 2)
+    figure, axes = plt.subplots(height, 2, figsize=(9, 1.75 * height), squeeze=False, layout="constrained")
+    for ax in axes.flat[len(sets) :]:
+        ax.axis("off")
+    for ax, (name, images) in zip(axes.flat, sets.items(), strict=False):
+        show(ax, tile(images[: columns * rows], columns), name)
+    return figure
+
+
+def jump(sigmas: Sequence[float], rows: Mapping[str, Tensor]) -> Figure:
+    """One image at several noise levels: a labelled row each (noisy, one jump, teacher's walk, …), a column a level."""
+    figure, axes = plt.subplots(len(rows), len(sigmas), figsize=(1.35 * len(sigmas) + 1.4, 1.45 * len(rows)), squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        for ax, image, sigma in zip(line, images, sigmas, strict=True):
+            show(ax, image, f"σ = {sigma:.3g}" if line is axes[0] else "")
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+    figure.tight_layout()
+    return figure
+
+
+def curves(
+    lines: Mapping[str, tuple[Tensor, Tensor]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    log_x: bool = True,
+    log_y: bool = False,
+) -> Figure:
+    """Labelled lines over a shared axis."""
+    figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for (name, (x, y)), colour, style in zip(lines.items(), COLOURS, ["-", "--", "-.", ":", "-", "--", "-."], strict=False):
+        ax.plot(np.asarray(x), np.asarray(y), style, color=colour, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if log_x:
+        ax.set_xscale("log")
+    if log_y:
+        ax.set_yscale("log")
+    ax.grid(alpha=0.3)
+    ax.legend(frameon=False)
+    return figure
+
+
+def binned(t: Tensor, value: Tensor, bins: int = 20) -> tuple[Tensor, Tensor]:
+    """Mean of `value` in `bins` groups of equal size along t: (mean t, mean value)."""
+    order = t.argsort()
+    groups = order.tensor_split(bins)
+    return torch.stack([t[g].float().mean() for g in groups]), torch.stack([value[g].mean() for g in groups])
+
+
+def bars(values: Mapping[str, float], xlabel: str, title: str) -> Figure:
+    """Horizontal bars on a log axis, the figure printed at each."""
+    figure, ax = plt.subplots(figsize=(6.4, 0.42 * len(values) + 1.1), layout="constrained")
+    names = list(values)[::-1]
+    drawn = ax.barh(names, [values[n] for n in names], color=[COLOURS[0] if "student" in n else "#999999" for n in names])
+    ax.bar_label(drawn, fmt="%.3g", padding=3)
+    ax.set_xscale("log")
+    ax.set(xlabel=xlabel, title=title)
+    ax.margins(x=0.15)
+    ax.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,130 @@
+"""What a run costs on each kind of machine: sizes, steps and precision as plain data."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One machine's recipe; updates are optimiser steps, `pairs` the size of the cache."""
+
+    name: str
+    minutes: float  # budget of the whole pipeline
+    dataset: str
+    teacher: str  # a hub id, a folder, or a name under data/
+    widths: tuple[int, ...]  # channels of the U-Net of a teacher that is trained from nothing
+    teacher_updates: int
+    teacher_lr: float
+    source: str
+    solver: str
+    rollout_steps: int
+    pairs: int
+    batch_size: int
+    regression_updates: int
+    endpoint_updates: int
+    distill_updates: int
+    samples: int  # images on the generated side of a Fréchet distance
+    timesteps: int  # random noise levels an image in the reconstruction error
+    precision: str = "no"
+
+
+CPU = Profile(
+    name="cpu",
+    minutes=8,
+    dataset="digits",
+    teacher="digits_teacher",
+    widths=(32, 64),
+    teacher_updates=11_000,
+    teacher_lr=1e-3,
+    source="rollout",
+    solver="ddim",
+    rollout_steps=40,
+    pairs=160_000,
+    batch_size=64,
+    regression_updates=300,
+    endpoint_updates=600,
+    distill_updates=1_000,
+    samples=1_500,
+    timesteps=256,
+)
+QUICK = replace(
+    CPU,
+    name="quick",
+    minutes=1.5,
+    teacher_updates=1_000,
+    rollout_steps=20,
+    pairs=20_000,
+    regression_updates=60,
+    endpoint_updates=150,
+    distill_updates=150,
+    samples=500,
+    timesteps=32,
+)
+CI = replace(
+    QUICK,
+    name="ci",
+    minutes=0.5,
+    teacher_updates=60,
+    rollout_steps=10,
+    pairs=4_000,
+    regression_updates=20,
+    endpoint_updates=30,
+    distill_updates=30,
+    samples=300,
+    timesteps=8,
+)
+T4 = Profile(
+    name="t4",
+    minutes=40,
+    dataset="cifar10",
+    teacher="google/ddpm-cifar10-32",
+    widths=(128, 256, 256, 256),
+    teacher_updates=50 * (50_000 // 64),
+    teacher_lr=2e-4,
+    source="data",
+    solver="posterior_mean",
+    rollout_steps=50,
+    pairs=200_000,
+    batch_size=64,
+    regression_updates=5_000,
+    endpoint_updates=5_000,
+    distill_updates=5_000,
+    samples=10_000,
+    timesteps=256,
+    precision="fp16",
+)
+PROFILES = {p.name: p for p in (CI, QUICK, CPU, T4)}
+
+
+def select(name: str | None = None) -> Profile:
+    """The profile `name`, else that of CMLIB_PROFILE, else `cpu`, or `t4` where there is a GPU. Raises ValueError."""
+    name = name or os.environ.get("CMLIB_PROFILE") or ("t4" if torch.cuda.is_available() else "cpu")
+    if name not in PROFILES:
+        raise ValueError(f"no profile {name!r}; choose one of {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def small_unet(shape: tuple[int, ...], widths: tuple[int, ...], dropout: float) -> dict[str, Any]:
+    """Configuration of a small U-Net for images [C,H,W]: a level a width, attention at the lowest."""
+    n = len(widths)
+    return {
+        "sample_size": shape[1],
+        "in_channels": shape[0],
+        "out_channels": shape[0],
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D",) * (n - 1) + ("AttnDownBlock2D",),
+        "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * (n - 1),
+        "norm_num_groups": 8,
+        "norm_eps": 1e-6,
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "freq_shift": 1,
+        "flip_sin_to_cos": False,
+        "dropout": dropout,
+    }

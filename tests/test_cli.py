@@ -1,0 +1,122 @@
+"""The command line as a user meets it: the whole pipeline at the `ci` profile, and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import ConsistencyModelPipeline
+
+from cmlib.cli import main
+from cmlib.consistency import ConsistencyFunction
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "demo with spaces"
+    assert main(["demo", "--profile", "ci", "--out", str(out)]) == 0
+    return out
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_demo_writes_what_it_promises(demo):
+    found = metrics(demo)
+    for key in ("fd_digits.teacher_ddim50", "fd_digits.real", "fd_digits.regression_1", "fd_digits.student_1"):
+        assert found[key] > 0
+    for key in ("fd_digits.student_2", "mse.regression", "mse.identity", "seconds.total", "protocol.n"):
+        assert found[key] > 0
+    assert "1500 images" in found["protocol.reference"] and found["protocol.seed"] == 0
+    assert all("." in key and isinstance(value, (int, float, str)) for key, value in found.items())
+    for name in ("samples.png", "jump.png", "distances.png", "reconstruction.png", "gap.png"):
+        picture = (demo / name).read_bytes()
+        assert picture[:8] == b"\x89PNG\r\n\x1a\n" and len(picture) < 100_000
+    page = (demo / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 and "http" not in page.replace("http-equiv", "")
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([1.0, 50.0])
+    both = [ConsistencyFunction.load(demo / f"student.{kind}") for kind in ("pt", "safetensors")]
+    assert torch.equal(both[0](x, t), both[1](x, t))
+
+
+def test_demo_tells_the_good_from_the_bad_even_when_short(demo):
+    found = metrics(demo)
+    assert found["fd_digits.student_1"] < 0.7 * found["fd_digits.regression_1"]
+    assert found["fd_digits.teacher_ddim50"] < 0.1 * found["fd_digits.identity_1"]
+    assert found["distance.student"] < found["distance.regression"]
+    assert found["mse.identity_delta1_posterior_mean"] < 0.01  # the brief's bar, met by doing nothing
+
+
+def test_second_demo_reuses_cache_and_students(demo, capsys):
+    shards = {p: p.stat().st_mtime_ns for p in (demo / "cache").glob("*.pt")}
+    before = metrics(demo)
+    assert main(["demo", "--profile", "ci", "--out", str(demo)]) == 0
+    assert {p: p.stat().st_mtime_ns for p in (demo / "cache").glob("*.pt")} == shards
+    after = metrics(demo)
+    assert after["fd_digits.student_1"] == pytest.approx(before["fd_digits.student_1"], rel=1e-4)
+    assert "÷ DDIM-50" in capsys.readouterr().out
+
+
+def test_commands_chain_from_teacher_to_export(tmp_path, capsys):
+    """teacher train -> finetune with refresh -> cache -> distill, resumed -> sample -> evaluate -> export."""
+
+    def run(*args):
+        assert main([*map(str, args), "--profile", "ci"]) == 0, capsys.readouterr().err
+
+    teacher, cache, student = tmp_path / "teacher", tmp_path / "cache", tmp_path / "student"
+    run("teacher", "train", "--updates", 24, "--limit", 300, "--out", teacher)
+    assert metrics(teacher)["mse.held_out"] < metrics(teacher)["mse.held_out_before"]
+    run("cache", "build", "--teacher", teacher / "pipeline", "--source", "data", "--pairs", 300, "--out", cache)
+    built = metrics(cache)["protocol.teacher"]
+    run("cache", "verify", cache, "--out", tmp_path / "verify")
+    run("distill", "--objective", "pair-regression", "--cache", cache, "--teacher", teacher / "pipeline", "--out", student)
+    assert metrics(student)["loss.last"] > 0
+    tuned = tmp_path / "tuned"
+    run("teacher", "finetune", "--teacher", teacher / "pipeline", "--updates", 8, "--limit", 300, "--refresh", cache, "--out", tuned)
+    run("cache", "info", cache, "--out", tmp_path / "info")
+    assert metrics(tmp_path / "info")["protocol.teacher"] != built
+    out = tmp_path / "cd"
+    distill = ["distill", "--teacher", tuned / "pipeline", "--updates", 6, "--out", out]
+    run(*distill)
+    run(*distill, "--resume")
+    run("sample", "--checkpoint", out / "student.pt", "--evaluations", 2, "--n", 5, "--out", tmp_path / "samples")
+    run("evaluate", "--checkpoint", out / "student.pt", "--samples", 60, "--out", tmp_path / "evaluation")
+    assert {"fd_digits.student_1", "fd_digits.real", "distance.student", "gap.student"} <= set(metrics(tmp_path / "evaluation"))
+    run("export", "--format", "diffusers", "--checkpoint", out / "student.pt", "--out", tmp_path / "pipe")
+    images = ConsistencyModelPipeline.from_pretrained(tmp_path / "pipe")(num_inference_steps=1, output_type="pt").images
+    assert images.shape == (1, 1, 8, 8)
+    run("doctor", "--out", tmp_path / "doctor")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--profile", "abacus"], "no profile 'abacus'; choose one of"),
+        (["sample", "--checkpoint", "nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["sample", "--checkpoint", "nowhere.pt", "--n", "0"], "--n must be at least 1"),
+        (["cache", "info", "nowhere"], "no pair cache at nowhere"),
+        (["distill", "--objective", "pair-regression", "--profile", "ci"], "needs a pair cache"),
+        (["distill", "--teacher", "no/such", "--profile", "ci"], "cannot load a DDPM teacher from 'no/such'"),
+        (["teacher", "train", "--dataset", "no/such", "--profile", "ci"], "cannot load data set 'no/such'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("cmlib: ") and message in error
+
+
+def test_module_entry_point_and_wrong_option():
+    done = subprocess.run([sys.executable, "-m", "cmlib", "demo", "--nonsense"], capture_output=True, text=True)
+    assert done.returncode == 2 and "unrecognized arguments" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_output_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["doctor", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert os.listdir(tmp_path) == ["file"] and "Traceback" not in capsys.readouterr().err

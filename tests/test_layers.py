@@ -1,0 +1,35 @@
+"""A module of cmlib imports only from those above it in this list, and no module outgrows a sitting."""
+
+import ast
+from pathlib import Path
+
+LAYERS = """files ops process unet oracle data consistency teacher cache objectives train evaluate plots export
+profiles pipeline report demo commands cli __main__""".split()
+PACKAGE = Path(__file__).resolve().parent.parent / "cmlib"
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "cmlib":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cmlib."):
+            yield node.module.split(".")[1]
+
+
+def test_imports_go_down():
+    files = {p.stem: ast.parse(p.read_text()) for p in PACKAGE.glob("*.py") if p.stem != "__init__"}
+    assert set(files) == set(LAYERS), "every module has its place in LAYERS"
+    upwards = [(m, i) for m, tree in files.items() for i in imports(tree) if i in LAYERS and LAYERS.index(i) >= LAYERS.index(m)]
+    assert not upwards
+
+
+def test_size():
+    lines = {p.name: len(p.read_text().splitlines()) for p in PACKAGE.glob("*.py")}
+    assert sum(lines.values()) <= 4000 and max(lines.values()) <= 350, lines
+    functions = [
+        (p.name, node.name, node.end_lineno - node.lineno + 1)
+        for p in PACKAGE.glob("*.py")
+        for node in ast.walk(ast.parse(p.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    assert not [f for f in functions if f[2] > 75], "longer than 75 lines"

@@ -1,8 +1,10 @@
 """Pair cache: building against the bare U-Net's forward rate, and reading. `python benchmarks/cache.py`
 
-Building must run at 0.9 or more of the rate at which the same network alone, at the same batch size, maps tensors that are
-already there. Both are timed in turns on one thread, so that a machine that slows down slows both; the median of the
-turns' ratios is reported. Reading is the loader's rate over one epoch, shards read, checked and shuffled, at batch 64.
+Building should run at 0.9 or more of the rate at which the same network alone, at the same batch size, maps tensors that are
+already there. Both are timed in turns on one thread; "build/net" is the median of the turns' ratios. On a machine that others
+use too it scatters by ±0.1 and more, so "in net" gives the share of the build's own time that was spent inside the network:
+numerator and denominator come from one run. Reading is the loader's rate over one epoch, shards read, checked and
+shuffled, at batch 64.
 """
 
 import argparse
@@ -47,7 +49,7 @@ def measure(shape: tuple[int, int, int], source: str, pairs: int, turns: int) ->
         else {"source": source, "shape": shape, "solver": "ddim", "steps": pairs // BATCH}
     )
     x, n = torch.randn(BATCH, *shape), torch.randint(0, 1000, (BATCH,))
-    folder = Path(tempfile.mkdtemp())
+    folder, clock = Path(tempfile.mkdtemp()), [0.0]
 
     def forward() -> None:
         for _ in range(pairs // BATCH):
@@ -57,27 +59,36 @@ def measure(shape: tuple[int, int, int], source: str, pairs: int, turns: int) ->
         shutil.rmtree(folder)
         PairCache.build(folder, teacher, pairs, batch_size=BATCH, **args)
 
+    def count(sign: int) -> None:
+        clock[0] += sign * time.perf_counter()
+
+    teacher.unet.register_forward_pre_hook(lambda *_: count(-1))
+    teacher.unet.register_forward_hook(lambda *_: count(1))
+    times, shares = [], []
     try:
         teacher.eps(x, n)
-        times = [(timed(forward), timed(build)) for _ in range(turns)]
+        for _ in range(turns):
+            bare, clock[0] = timed(forward), 0.0
+            times.append((bare, timed(build)))
+            shares.append(clock[0] / times[-1][1])
         bare, built = (pairs / min(column) for column in zip(*times, strict=True))
         cache = PairCache.open(folder)
         batches = cache.loader(64)
         read = pairs // 64 * 64 / timed(lambda: [next(batches) for _ in range(pairs // 64)])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    ratio = statistics.median(a / b for a, b in times)
+    ratio, share = statistics.median(a / b for a, b in times), statistics.median(shares)
     size = "×".join(map(str, shape))
-    return f"| {size:7} | {source:7} | {bare:10,.0f} | {built:10,.0f} | {ratio:9.3f} | {read:11,.0f} |"
+    return f"| {size:7} | {source:7} | {bare:10,.0f} | {built:10,.0f} | {ratio:9.3f} | {share:6.3f} | {read:11,.0f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     turns = parser.parse_args().turns
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    print("| images  | source  | U-Net, 1/s | build, 1/s | build/net | read, 1/s   |")
-    print("|---------|---------|-----------:|-----------:|----------:|------------:|")
+    print("| images  | source  | U-Net, 1/s | build, 1/s | build/net | in net | read, 1/s   |")
+    print("|---------|---------|-----------:|-----------:|----------:|-------:|------------:|")
     for shape, pairs in (((1, 8, 8), 5000), ((3, 32, 32), 1000)):
         for source in ("data", "rollout"):
             print(measure(shape, source, pairs, turns), flush=True)

@@ -94,7 +94,6 @@ class PairCache:
             raise ValueError(f"stale cache in {self.folder}: {'; '.join(differs)}. Give another --out or delete that folder.")
 
     def _items(self, shard: int) -> range:
-        """Numbers of the pairs in one shard."""
         return range(shard * self.per_shard, min((shard + 1) * self.per_shard, len(self)))
 
     def path(self, shard: int) -> Path:
@@ -138,7 +137,7 @@ class PairCache:
         for name, v in content.items():
             if not v.isfinite().all():
                 raise ValueError(f"shard {shard} is not stored: its {name} holds NaN or infinity; check the teacher's weights")
-        buffer = io.BytesIO()  # in memory first: torch.save turns a file's OSError into a vague RuntimeError
+        buffer = io.BytesIO()  # in memory first: the hash is of what was meant, not of what the disk made of it
         torch.save(content, buffer)
         digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
         with _locked(self.folder):
@@ -229,8 +228,8 @@ class PairCache:
     def refresh(self, teacher: Teacher) -> PairCache:
         """Recompute every x̂_r with a new teacher; x_t stays as it is (the brief's step 3). Killed, call it again.
 
-        Only for source `data`: a rollout's states are the teacher's own, so those are built anew. Raises ValueError, and
-        changes nothing, if the schedule differs or a shard is missing or damaged.
+        Returns the new cache; this object still describes the old. Only for source `data`: a rollout's states are its
+        teacher's own. Raises ValueError, and changes nothing, if the schedule differs or a shard is missing or damaged.
         """
         if self.key["source"] != "data":
             raise ValueError("a rollout cache follows its teacher from its first state; build a new one")
@@ -321,7 +320,8 @@ def _checked(key: dict[str, Any], teacher: Teacher, images: Tensor | None, shape
         raise ValueError(f"source must be 'data' or 'rollout', got {source!r}")
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
-    if min(key["pairs"], key["batch_size"], key["delta"], steps) < 1 or max(key["delta"], steps) > T:
+    reach = key["delta"] if source == "data" else steps
+    if min(key["pairs"], key["batch_size"], reach) < 1 or reach > T:
         raise ValueError(f"pairs, batch size, delta and steps must be positive, delta and steps at most T={T}")
     if source == "data":
         if images is None or len(images) == 0 or images.ndim != 4 or images.dtype != torch.uint8:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,9 @@ def _add_teacher(actions: Any) -> None:
         p = _command(actions, name, commands.teacher_train, text)
         p.add_argument("--updates", type=int, help="optimiser steps (default: the profile's)")
         p.add_argument("--lr", type=float, help="peak learning rate (default: the profile's; finetune 2e-4)")
-        p.add_argument("--schedule", choices=["linear", "cosine", "cosine-linear"], default="linear", help="of β")
+        p.add_argument(
+            "--schedule", choices=["linear", "cosine", "cosine-linear"], help="of β (default: the teacher's own, else linear)"
+        )
         p.add_argument("--patience", type=int, default=0, help="stop after this many epochs without progress (0: never)")
         p.add_argument("--limit", type=int, help="use this many images")
         p.add_argument("--resume", action="store_true", help="go on exactly where a run in --out stopped")
@@ -116,12 +119,21 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("updates", "limit", "samples", "pairs", "steps", "evaluations", "n", "delta", "batch_size"):
             if (value := getattr(args, name, None)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-        default = "cpu" if args.function is commands.demo else None  # the demo is about embedded data on any machine
-        profile = select(args.profile or ("quick" if getattr(args, "quick", False) else default))
+        if not 0 <= args.seed < 2**63:
+            raise ValueError(f"--seed must lie in 0 … 2^63 − 1, got {args.seed}")
+        if args.profile and getattr(args, "quick", False):
+            raise ValueError("--quick is a profile of its own; give --quick or --profile, not both")
+        quick = "quick" if getattr(args, "quick", False) else None
+        default = "cpu" if args.function is commands.demo and "CMLIB_PROFILE" not in os.environ else None
+        profile = select(args.profile or quick or default)  # the demo is about embedded data on any machine
         profile = replace(profile, dataset=args.dataset or profile.dataset)
         if args.out is None:
-            quick = "-quick" if profile.name == "quick" else ""
-            args.out = Path("runs") / (args.function.__name__.replace("_", "-") + quick)
+            parts = [args.function.__name__.replace("_", "-"), quick, args.dataset and Path(args.dataset).name]
+            parts += [
+                "own-teacher" if getattr(args, "train_teacher", False) else None,
+                f"seed{args.seed}" if args.seed else None,
+            ]
+            args.out = Path("runs") / "-".join(filter(None, parts))
         args.out.mkdir(parents=True, exist_ok=True)
         seed_everything(args.seed)
         metrics = args.function(args, profile)

@@ -7,10 +7,12 @@ import platform
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cmlib import data, evaluate, pipeline, plots, report
 from cmlib import demo as demo_run
@@ -28,16 +30,17 @@ Metrics = dict[str, Any]
 
 def demo(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib demo`"""
-    if profile.name in ("quick", "ci"):
+    if profile.rough:
         print(f"Profile {profile.name}: a small cache and short training, so the students are worse than the README's.")
     metrics = demo_run.run(profile, args.out, args.seed, args.full, args.train_teacher)
     print("\n" + report.text(report.table(profile.dataset, metrics)) + "\n\n" + report.verdict(metrics))
-    print(f"\n{metrics['seconds.total']:.0f} s, at most {metrics['memory.peak_mb']:.0f} MB. Open {args.out / 'report.html'}")
+    memory = metrics.get("memory.peak_mb", float("nan"))
+    print(f"\n{metrics['seconds.total']:.0f} s, at most {memory:.0f} MB. Open {args.out / 'report.html'}")
     return metrics
 
 
-def _teacher(args: Namespace, profile: Profile) -> Teacher:
-    return pipeline.load_teacher(args.teacher or profile.teacher)
+def _teacher(args: Namespace, profile: Profile, images: Tensor | None = None) -> Teacher:
+    return pipeline.load_teacher(args.teacher or profile.teacher, None if images is None else tuple(images.shape[1:]))
 
 
 def teacher_train(args: Namespace, profile: Profile) -> Metrics:
@@ -49,28 +52,26 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
         "cosine": DDPM.cosine,
         "cosine-linear": DDPM.cosine_linear,
     }
-    process = schedules[args.schedule]()
-    refresh = None
-    if hasattr(args, "teacher"):
-        start = _teacher(args, profile).unet
-        assert isinstance(start, UNet)
-        unet, lr = start.requires_grad_(True), args.lr or 2e-4
-        refresh = PairCache.open(args.refresh) if args.refresh else None
+    finetune = hasattr(args, "teacher")
+    if finetune:
+        start = _teacher(args, profile, images)
+        start = replace(start, process=schedules[args.schedule]()) if args.schedule else start
     else:
-        shape = (images.shape[1], images.shape[2], images.shape[3])
-        unet, lr = UNet(**small_unet(shape, profile.widths, dropout=0.1)), args.lr or profile.teacher_lr
-    before = pipeline.epsilon_error(process, unet.eval(), held_out)
+        unet = UNet(**small_unet(tuple(images.shape[1:]), profile.widths, dropout=0.1))
+        start = Teacher(unet, schedules[args.schedule or "linear"]())
+    refresh = PairCache.open(args.refresh) if finetune and args.refresh else None
+    before = pipeline.epsilon_error(start.process, start.unet.eval(), held_out)
     teacher, history = pipeline.train_teacher(
-        unet,
-        process,
+        start,
         images,
         held_out,
         args.updates or profile.teacher_updates,
-        lr,
+        args.lr or (2e-4 if finetune else profile.teacher_lr),
         profile.batch_size,
         args.out,
         args.seed,
         resume=args.resume,
+        schedule="constant" if finetune else "cosine",
         patience=args.patience,
         refresh=refresh,
     )
@@ -82,7 +83,7 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
         "mse.held_out": last["held_out"],
         "updates": last["step"],
         "seconds.total": last["seconds"],
-        "protocol.schedule": process.name,
+        "protocol.schedule": teacher.process.name,
     }
 
 
@@ -90,7 +91,7 @@ def teacher_eval(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib teacher eval`"""
     images, labels = data.load(profile.dataset)
     held_out = data.load(profile.dataset, "test")
-    teacher = pipeline.load_teacher(args.teacher or profile.teacher, tuple(images.shape[1:]))
+    teacher = _teacher(args, profile, images)
     n = min(args.samples or profile.samples, len(images))
     fakes = pipeline.draw_teacher(teacher, n, args.steps, "ddim", tuple(images.shape[1:]), args.seed)
     plots.save(
@@ -169,15 +170,13 @@ def cache_refresh(args: Namespace, profile: Profile) -> Metrics:
 
 def distill(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib distill`"""
-    teacher = _teacher(args, profile)
+    images = None if args.cache else data.load(profile.dataset, limit=args.limit)[0]
+    teacher = _teacher(args, profile, images)
     cache = PairCache.open(args.cache, teacher) if args.cache else None
-    images = None
-    if cache is None:
-        if args.objective != "consistency-distillation":
-            raise ValueError(f"{args.objective} needs --cache FOLDER; build one with `cmlib cache build`")
-        images, _ = data.load(profile.dataset, limit=args.limit)
     if args.student:
         student = ConsistencyFunction.load(args.student).train()
+        if student.image_shape != teacher.image_shape:
+            raise ValueError(f"{args.student} makes images {student.image_shape}, the teacher {teacher.image_shape}")
     else:
         sigma_max = float(teacher.process.sigma(teacher.process.grid(profile.rollout_steps)[-1:]))
         student = warm_start(teacher, sigma_max)
@@ -207,9 +206,11 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib evaluate`"""
     f = ConsistencyFunction.load(args.checkpoint)
     images, labels = data.load(profile.dataset, limit=args.limit)
+    if f.image_shape != tuple(images.shape[1:]):
+        raise ValueError(f"{args.checkpoint} makes images {f.image_shape}, the data set's are {tuple(images.shape[1:])}")
     held_out = data.load(profile.dataset, "test", limit=args.limit)
     shape = f.image_shape
-    teacher = pipeline.load_teacher(args.teacher or profile.teacher, tuple(images.shape[1:]))
+    teacher = _teacher(args, profile, images)
     n = min(args.samples or profile.samples, len(images))
     found: Metrics = {}
     fakes = {f"student_{k}": pipeline.draw(f, n, k, shape, args.seed) for k in (1, 2)}
@@ -219,7 +220,8 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
         found |= features.compare(name, drawn)
     if args.fid:
         found |= {f"fid.{name}": evaluate.inception_fid(images, drawn) for name, drawn in fakes.items()}
-    indices, distance = evaluate.reconstruction_error(f, held_out[0][:64], teacher.process, profile.timesteps, args.seed)
+    few = held_out[0][:64]
+    indices, distance = evaluate.reconstruction_error(f, few, teacher.process, profile.timesteps, args.seed, f.sigma_max)
     sigma = teacher.process.sigma(indices)
     noise = indexed_normal(pipeline.SAMPLING_SEED + args.seed, range(64), shape, 7)
     levels, gap = evaluate.self_consistency_gap(f, teacher, noise)
@@ -230,7 +232,15 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     curve = plots.curves({"student": (levels, gap)}, "noise level σ", "RMS of f(x_t, t) − x_end", "Self-consistency gap")
     plots.save(curve, args.out / "gap.png")
     found |= {"distance.student": float(distance.mean()), "gap.student": float(gap.mean())}
-    return _say({**found, **features.protocol, "protocol.n": n, "protocol.timesteps": profile.timesteps})
+    return _say(
+        {
+            **found,
+            **features.protocol,
+            "protocol.n": n,
+            "protocol.timesteps": profile.timesteps,
+            "protocol.n_distance": len(few),
+        }
+    )
 
 
 def export(args: Namespace, profile: Profile) -> Metrics:

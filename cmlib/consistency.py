@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cmlib.files import write_atomically
-from cmlib.ops import expand_like
+from cmlib.ops import device_of, expand_like
 from cmlib.process import EDM
 from cmlib.unet import UNet
 
@@ -62,6 +62,7 @@ class ConsistencyFunction(nn.Module):
         self.rho = float(rho)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        t = t.clamp(min=self.sigma_min)  # below the boundary, too, f is the identity
         raw = self.net(expand_like(c_in(t, self.sigma_data), x) * x, c_noise(t))
         skip = expand_like(c_skip(t, self.sigma_min, self.sigma_data), x)
         out = expand_like(c_out(t, self.sigma_min, self.sigma_data), x)
@@ -69,10 +70,8 @@ class ConsistencyFunction(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `load` needs beside the weights: the U-Net's configuration and the three σ."""
-        if not isinstance(self.net, UNet):
-            raise TypeError("only a ConsistencyFunction over cmlib.unet.UNet can be saved with its configuration")
-        return {"unet": self.net.config, **{k: getattr(self, k) for k in SIGMAS}}
+        """What `load` needs beside the weights: the U-Net's configuration (None for another network) and SIGMAS."""
+        return {"unet": getattr(self.net, "config", None), **{k: getattr(self, k) for k in SIGMAS}}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -93,6 +92,8 @@ class ConsistencyFunction(nn.Module):
         from safetensors.torch import save
 
         path = Path(path)
+        if self.config["unet"] is None:
+            raise TypeError("only a ConsistencyFunction over cmlib.unet.UNet can be saved with its configuration")
         if path.suffix == ".pt":
             state = {"config": self.config, "ema": self.state_dict()}
             write_atomically(path, lambda file: torch.save(state, file))
@@ -167,10 +168,11 @@ def sample(
         raise ValueError(f"{len(sigmas)} levels need as many noise batches, got {len(draws)}")
     if any(b >= a for a, b in zip(sigmas, sigmas[1:], strict=False)):
         raise ValueError(f"sigmas must descend, got {list(sigmas)}")
-    x = draws[0] * sigmas[0]
+    device = device_of(f)
+    x = draws[0].to(device) * sigmas[0]
     for k, (z, sigma) in enumerate(zip(draws, sigmas, strict=True)):
         if k > 0:
-            x = x + max(sigma**2 - sigma_min**2, 0) ** 0.5 * z
+            x = x + max(sigma**2 - sigma_min**2, 0) ** 0.5 * z.to(device)
         x = f(x, torch.full((len(x),), float(sigma), device=x.device))
         x = x.clamp(-1, 1) if clip else x
     return x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,11 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """float [-1, 1] -> uint8 [0, 255], rounded (truncation would darken every image by half a level)."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def fingerprint(images: Tensor) -> str:
+    """Twelve hex digits that say which images these are."""
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
 def load(name: str, split: str = "train", limit: int | None = None) -> tuple[Tensor, Tensor | None]:
@@ -99,17 +105,13 @@ def _stack(name: str, pictures: Any) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def batches(images: Tensor, batch_size: int, seed: int = 0, start: int = 0, flip: bool = False) -> Iterator[dict]:
+def batches(images: Tensor, batch_size: int, seed: int = 0, start: int = 0) -> Iterator[dict]:
     """Endless shuffled batches {"x0": float [B,C,H,W], "index": [B]}; the stream from `start` on is what a run that
     was stopped there would have seen next."""
     per_epoch = max(1, len(images) // batch_size)
     for epoch in range(start // per_epoch, 10**9):
         rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
         order = torch.from_numpy(rng.permutation(len(images)))
-        flips = torch.from_numpy(rng.random(len(images)) < 0.5)
         for b in range(start % per_epoch if epoch == start // per_epoch else 0, per_epoch):
             index = order[b * batch_size : (b + 1) * batch_size]
-            x0 = to_float(images[index])
-            if flip:
-                x0 = torch.where(flips[index][:, None, None, None], x0.flip(-1), x0)
-            yield {"x0": x0, "index": index}
+            yield {"x0": to_float(images[index]), "index": index}

@@ -52,17 +52,15 @@ def run(profile: Profile, out: Path, seed: int = 0, full: bool = False, from_not
     held_out, held_out_labels = data.load(profile.dataset, "test")
     shape = tuple(images.shape[1:])
     if from_nothing:
-        unet = UNet(**small_unet(shape, profile.widths, dropout=0.1))
-        updates = profile.teacher_updates
-        teacher, _ = train_teacher(
-            unet, DDPM.linear(), images, held_out, updates, profile.teacher_lr, profile.batch_size, out / "teacher", seed
-        )
+        start = Teacher(UNet(**small_unet(shape, profile.widths, dropout=0.1)), DDPM.linear())
+        sizes = profile.teacher_updates, profile.teacher_lr, profile.batch_size
+        teacher, _ = train_teacher(start, images, held_out, *sizes, out / "teacher", seed)
         teacher.save_pretrained(out / "teacher" / "pipeline")
     else:
         teacher = load_teacher(profile.teacher, shape)
     clock.lap("teacher")
 
-    how: dict[str, Any] = {"source": profile.source, "solver": profile.solver, "steps": profile.rollout_steps, "shape": shape}
+    how: dict[str, Any] = {"source": "rollout", "solver": "ddim", "steps": profile.rollout_steps, "shape": shape}
     cache = PairCache.build(out / "cache", teacher, profile.pairs, **how, seed=seed, batch_size=500)
     fresh = PairCache.build(out / "held-out-pairs", teacher, 20 * profile.rollout_steps, **how, seed=seed + 1, batch_size=500)
     clock.lap("cache")
@@ -91,7 +89,9 @@ def run(profile: Profile, out: Path, seed: int = 0, full: bool = False, from_not
     figures = draw_figures(profile, teacher, regression, student, held_out, sets, metrics, seed)
     clock.lap("evaluation")
     metrics |= clock.laps
-    metrics |= {"seconds.total": clock.total(), "memory.peak_mb": peak_memory_mb(), "profile.minutes": profile.minutes}
+    metrics |= {"updates.regression": profile.regression_updates, "updates.endpoint": profile.endpoint_updates}
+    metrics |= {"updates.distillation": profile.distill_updates, **peak_memory_mb()}
+    metrics |= {"seconds.total": clock.total(), "profile.minutes": profile.minutes}
     for name, (figure, _) in figures.items():
         plots.save(figure, out / f"{name}.png")
     report.write(out, profile, metrics, {name: text for name, (_, text) in figures.items()})
@@ -133,8 +133,8 @@ def one_step_identity(teacher: Teacher, held_out: Tensor, seed: int) -> dict[str
     x0 = data.to_float(held_out)
     generator = torch.Generator().manual_seed(seed)
     n = torch.randint(teacher.process.T, (len(x0),), generator=generator)
-    x_t = teacher.process.perturb(x0, torch.randn(x0.shape, generator=generator), n)
-    noise = torch.randn(x0.shape, generator=generator)
+    x_t = teacher.process.perturb(x0, torch.randn(x0.shape, generator=generator), n).to(teacher.device)
+    noise, n = torch.randn(x0.shape, generator=generator).to(teacher.device), n.to(teacher.device)
     return {
         f"mse.identity_delta1_{solver}": float((teacher.step(x_t, n, n - 1, solver, noise) - x_t).pow(2).mean())
         for solver in ("posterior_mean", "ancestral")
@@ -146,7 +146,7 @@ def walk(teacher: Teacher, x: Tensor, sigma: float, steps: int = WALK_STEPS) -> 
     """The teacher's ODE from (x, σ) down to the image in `steps` DDIM steps on a Karras grid, EDM coordinates."""
     levels = [*EDM(teacher.process.sigma_min, sigma).grid(steps).flip(0).tolist(), 0.0]
     for t, r in zip(levels, levels[1:], strict=False):
-        x = teacher.ode_step(x, torch.full((len(x),), t), torch.full((len(x),), r))
+        x = teacher.ode_step(x, torch.full((len(x),), t, device=x.device), torch.full((len(x),), r, device=x.device))
     return x
 
 
@@ -167,37 +167,36 @@ def draw_figures(
     eps = indexed_normal(SAMPLING_SEED + seed, [0], shape)
     t = torch.tensor(sigmas)
     x_t = x0 + expand_like(t, x0) * eps
+    device = teacher.device
     with torch.no_grad():
         rows = {
             "noisy": x_t / expand_like((1 + t**2).sqrt(), x_t),
-            "one jump\n(student, 1 evaluation)": student(x_t, t),
+            "one jump\n(student, 1 evaluation)": student(x_t.to(device), t.to(device)),
             f"teacher's walk\n({WALK_STEPS} evaluations)": torch.cat(
-                [walk(teacher, x[None], s) for x, s in zip(x_t, sigmas, strict=True)]
+                [walk(teacher, x[None].to(device), s) for x, s in zip(x_t, sigmas, strict=True)]
             ),
-            "brief's regression\n(1 evaluation)": regression(x_t, t),
+            "brief's regression\n(1 evaluation)": regression(x_t.to(device), t.to(device)),
         }
     error, gap = {}, {}
     noise = indexed_normal(SAMPLING_SEED + seed, range(64), shape, 7)
     for label, f in (("student", student), ("brief's regression", regression), ("identity map", lambda x, t: x)):
-        n, distance = evaluate.reconstruction_error(f, held_out[:64], teacher.process, profile.timesteps, seed)
-        error[label] = plots.binned(teacher.process.sigma(n), distance)
+        n, distance = evaluate.reconstruction_error(
+            f, held_out[:64], teacher.process, profile.timesteps, seed, student.sigma_max
+        )
+        error[label] = plots.binned(teacher.process.sigma(n).clamp(max=student.sigma_max), distance)
         gap[label] = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps)
         if label != "identity map":
             key = "student" if label == "student" else "regression"
             metrics |= {f"distance.{key}": float(distance.mean()), f"gap.{key}": float(gap[label][1].mean())}
     names = {k: k.replace("_", ", ").replace("ddim", "DDIM-").replace("ddpm", "DDPM-") for k in sets}
-    fd = {
-        names[k] + (f" (N={metrics['protocol.n_real']})" if k == "real" else ""): metrics[f"fd_{profile.dataset}.{k}"]
-        for k in sets
-    }
+    name, n_real = f"fd_{profile.dataset}", metrics["protocol.n_real"]
+    fd = {names[k]: metrics.get(f"{name}.{k}_at_n_real", metrics[f"{name}.{k}"]) for k in sets}
     panels = {names[k]: data.to_float(v) for k, v in sets.items()}
     return {
         "samples": (plots.samples(panels), "Samples of the real data, the teacher, the baselines and the students."),
         "jump": (plots.jump(sigmas, rows), "One image at five noise levels: noisy, one jump, the teacher's walk, regression."),
         "distances": (
-            plots.bars(
-                fd, f"fd_{profile.dataset}, lower is better (N={metrics['protocol.n']})", "Distance to the training images"
-            ),
+            plots.bars(fd, f"{name} at N={n_real}, lower is better", "Distance to the training images"),
             "Bar chart of the Fréchet distance of every generator to the training images; the table has the numbers.",
         ),
         "reconstruction": (
@@ -213,11 +212,11 @@ def draw_figures(
     }
 
 
-def peak_memory_mb() -> float:
-    """Largest resident size of this process so far, in MiB; NaN where the system does not say."""
+def peak_memory_mb() -> dict[str, float]:
+    """Largest resident size of this process so far, in MiB, where the system says it."""
     try:
         import resource
     except ImportError:
-        return float("nan")
+        return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+    return {"memory.peak_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)}

@@ -17,11 +17,12 @@ from torch import Generator, Tensor, nn
 
 from cmlib.data import to_float, to_uint8
 from cmlib.files import write_atomically
-from cmlib.ops import expand_like, mse
+from cmlib.ops import device_of, expand_like, mse
 from cmlib.process import DDPM
 from cmlib.teacher import Teacher
 
 Network = Callable[[Tensor, Tensor], Tensor]
+BLOCK = 2_000  # rows of a distance matrix held at once
 
 
 class Classifier(nn.Module):
@@ -86,7 +87,7 @@ class Classification:
 @torch.no_grad()
 def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of uint8 images that the classifier gets right."""
-    guesses = torch.cat([classifier(to_float(part)).argmax(1) for part in images.split(500)])
+    guesses = torch.cat([classifier(to_float(part).to(device_of(classifier))).argmax(1).cpu() for part in images.split(500)])
     return float((guesses == labels).float().mean())
 
 
@@ -96,9 +97,8 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 @torch.no_grad()
 def features(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
     """Features [N,dim] of uint8 images, or of float images after the same rounding to uint8 that saving them would do."""
-    device = next(classifier.parameters()).device
     rows = [part if part.dtype == torch.uint8 else to_uint8(part) for part in images.split(batch_size)]
-    return torch.cat([classifier.features(to_float(part).to(device)).cpu() for part in rows])
+    return torch.cat([classifier.features(to_float(part).to(device_of(classifier))).cpu() for part in rows])
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
@@ -121,23 +121,28 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """KID: the unbiased MMD² with the kernel (x·y/d + 1)³ (Bińkowski et al. 2018, eq. 4), over the whole sets."""
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a.double() @ b.double().T / a.shape[1] + 1) ** 3
+    def total(a: Tensor, b: Tensor) -> Tensor:
+        """Sum of the kernel over all pairs, in blocks, so that memory does not grow with N²."""
+        return sum((((part @ b.T) / a.shape[1] + 1) ** 3).sum() for part in a.split(BLOCK))  # type: ignore[return-value]
 
     def within(a: Tensor) -> Tensor:
-        k = kernel(a, a)
-        return (k.sum() - k.trace()) / (len(a) * (len(a) - 1))
+        diagonal = ((a.pow(2).sum(1) / a.shape[1] + 1) ** 3).sum()
+        return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
 
-    return float(within(real) + within(fake) - 2 * kernel(real, fake).mean())
+    real, fake = real.double(), fake.double()
+    return float(within(real) + within(fake) - 2 * total(real, fake) / (len(real) * len(fake)))
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Share of fakes inside the real manifold, and of reals inside the fake one; manifold = balls to the k-th neighbour
     (Kynkäänniemi et al. 2019, eq. 1–2)."""
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision and recall need more than {k} images on each side")
 
     def covered(points: Tensor, manifold: Tensor) -> float:
-        radius = torch.cdist(manifold, manifold).kthvalue(k + 1, dim=1).values  # the nearest is itself
-        return float((torch.cdist(points, manifold) <= radius).any(1).float().mean())
+        own = [torch.cdist(part, manifold).kthvalue(k + 1, dim=1).values for part in manifold.split(BLOCK)]
+        radius = torch.cat(own)  # the nearest neighbour is the point itself
+        return float(torch.cat([(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(BLOCK)]).float().mean())
 
     return covered(fake, real), covered(real, fake)
 
@@ -171,13 +176,13 @@ def reconstruction_error(
 
     Returns (n, distance), both [len(images)·per_image]. Levels above `sigma_max` are evaluated at `sigma_max`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    x0, indices, distances = to_float(images), [], []
+    generator, device = torch.Generator().manual_seed(seed), device_of(f)
+    x0, indices, distances = to_float(images).to(device), [], []
     for _ in range(per_image):
         n = torch.randint(process.T, (len(x0),), generator=generator)
-        t = process.sigma(n).clamp(max=sigma_max)
-        x_t = x0 + expand_like(t, x0) * torch.randn(x0.shape, generator=generator)
-        distances.append((f(x_t, t) - x0).flatten(1).norm(dim=1))
+        t = process.sigma(n).clamp(max=sigma_max).to(device)
+        x_t = x0 + expand_like(t, x0) * torch.randn(x0.shape, generator=generator).to(device)
+        distances.append((f(x_t, t) - x0).flatten(1).norm(dim=1).cpu())
         indices.append(n)
     return torch.cat(indices), torch.cat(distances)
 
@@ -186,12 +191,13 @@ def reconstruction_error(
 def self_consistency_gap(f: Network, teacher: Teacher, noise: Tensor, steps: int = 40) -> tuple[Tensor, Tensor]:
     """RMS over pixels and paths of f(x_t, t) − x_end along the teacher's DDIM paths from `noise`: (σ [steps], gap [steps]).
 
-    Zero at every t for the exact consistency function of those paths.
+    At the path's end f is the identity, so this is f(x_t, t) against f at the other end of its own path: zero at every t
+    for the exact consistency function (CM sec. 3).
     """
-    path = teacher.sample(noise, steps, "ddim", path=True)
-    sigmas = teacher.process.sigma(teacher.process.grid(steps).flip(0))
+    path = teacher.sample(noise, steps, "ddim", path=True).to(device_of(f))
+    sigmas = teacher.process.sigma(teacher.process.grid(steps).flip(0)).to(path.device)
     gaps = [mse(f(x, sigma.expand(len(x))), path[-1]).mean().sqrt() for x, sigma in zip(path, sigmas, strict=False)]
-    return sigmas, torch.stack(gaps)
+    return sigmas.cpu(), torch.stack(gaps).cpu()
 
 
 @torch.no_grad()
@@ -200,6 +206,7 @@ def pair_error(f: Network, batch: dict[str, Tensor]) -> dict[str, float]:
 
     The identity baseline is what makes the figure mean something: neighbours in a 1000-step chain hardly differ.
     """
+    batch = {k: v.to(device_of(f)) for k, v in batch.items()}
     scale = 1 + batch["r"] ** 2
     model = float((mse(f(batch["x_t"], batch["t"]), batch["x_r"]) / scale).mean())
     chain_t = batch["x_t"] / expand_like((1 + batch["t"] ** 2).sqrt(), batch["x_t"])

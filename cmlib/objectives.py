@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from cmlib.ops import expand_like, mse, rng_state, set_rng_state
-from cmlib.process import DDPM, EDM
+from cmlib.process import DDPM
 from cmlib.teacher import Teacher
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +41,7 @@ def feature_distance(features: nn.Module) -> Distance:
 
 
 def both_branches(f: Network, target: Network, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """f(x_t, t) and sg f⁻(x_r, r) under the same dropout mask, on the CPU and on the GPU (iCT sec. 3.2)."""
+    """f(x_t, t) and sg f⁻(x_r, r) under the same dropout mask, on the CPU and on the GPU (iCT sec. 3.1)."""
     state = rng_state(x_t.device)
     with torch.no_grad():
         goal = target(x_r, r)
@@ -106,12 +106,17 @@ class ConsistencyDistillation:
     distance: Distance = mse
     mu: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.teacher is not None and self.levels is None:
+            raise ValueError("distillation on the fly needs the ascending noise levels between which the teacher steps")
+
     def pairs(self, batch: dict, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x_t, t, x̂_r, r."""
         if self.teacher is None:
             return batch["x_t"], batch["t"], batch["x_r"], batch["r"]
         x0 = batch["x0"]
-        levels = (EDM(self.teacher.process.sigma_min).grid(18) if self.levels is None else self.levels).to(x0.device)
+        assert self.levels is not None
+        levels = self.levels.to(x0.device)
         i = torch.randint(len(levels) - 1, (len(x0),), generator=generator).to(x0.device)
         t, r = levels[i + 1], levels[i]
         x_t = x0 + expand_like(t, x0) * randn_like(x0, generator)

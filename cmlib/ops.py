@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def expand_like(v: Tensor, x: Tensor) -> Tensor:
@@ -21,7 +21,7 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """√(‖a−b‖² + c²) − c with the norm of the *whole* sample (iCT eq. 7): [B,...] -> [B]."""
+    """√(‖a−b‖² + c²) − c with the norm of the *whole* sample (iCT sec. 3.3): [B,...] -> [B]."""
     return ((a - b).pow(2).flatten(1).sum(1) + c**2).sqrt() - c
 
 
@@ -64,6 +64,11 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def device_of(f: object) -> torch.device:
+    """Where a network's weights are; the CPU for a plain function."""
+    return next(f.parameters()).device if isinstance(f, nn.Module) else torch.device("cpu")
 
 
 def rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

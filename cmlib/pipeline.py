@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,17 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmlib import data, evaluate
+from cmlib import data, evaluate, plots
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction, sample
 from cmlib.files import sha256
 from cmlib.objectives import ConsistencyDistillation, Denoising, Distance, EndpointRegression, PairRegression
-from cmlib.ops import indexed_normal, pseudo_huber
-from cmlib.process import DDPM, EDM
+from cmlib.ops import device_of, indexed_normal, pseudo_huber
+from cmlib.process import DDPM
 from cmlib.profiles import Profile
 from cmlib.teacher import Teacher
 from cmlib.train import fit, plateaued
-from cmlib.unet import UNet
 
 SAMPLING_SEED = 10_000  # sampling noise never coincides with a rollout's
 
@@ -33,7 +34,11 @@ def shipped(name: str) -> Path:
 
 def load_teacher(source: str, shape: tuple[int, ...] | None = None) -> Teacher:
     """A shipped teacher by name, else a folder or hub id; refused where its images are not of `shape`."""
-    teacher = Teacher.from_pretrained(shipped(source) if shipped(source).exists() else source)
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()  # two files are no wait
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    teacher = Teacher.from_pretrained(shipped(source) if shipped(source).exists() else source, device)
     if shape is not None and shape != teacher.image_shape:
         raise ValueError(
             f"teacher {source!r} makes images {teacher.image_shape}, the data set's are {shape}; give another --teacher,"
@@ -59,7 +64,7 @@ class Features:
         """The shipped classifier of `dataset`, else one trained on its labels for a minute or two and kept in `out`."""
         path = shipped(f"{dataset}_classifier.safetensors")
         if not path.exists():
-            path = out / "classifier.safetensors"
+            path = out / f"classifier-{data.fingerprint(images)}.safetensors"
         if not path.exists():
             if labels is None:
                 raise ValueError(
@@ -67,7 +72,17 @@ class Features:
                 )
             new = evaluate.Classifier(images.shape[1], images.shape[2], int(labels.max()) + 1)
             stream = partial(data.batches, images, 64, 0)
-            trained, _ = fit(new, evaluate.Classification(labels), stream, 700, lr=2e-3, warmup=50, ema=0.99, name="features")
+            trained, _ = fit(
+                new,
+                evaluate.Classification(labels),
+                stream,
+                700,
+                lr=2e-3,
+                warmup=50,
+                weight_decay=1e-2,
+                ema=0.99,
+                name="features",
+            )
             trained.save(path)  # type: ignore[operator]
         classifier = evaluate.Classifier.load(path)
         right = float("nan") if held_out[1] is None else evaluate.accuracy(classifier, held_out[0], held_out[1])
@@ -78,7 +93,13 @@ class Features:
             "protocol.weights": "EMA",
             "protocol.n_real": len(held_out[0]),
         }
-        return cls(dataset, classifier, evaluate.features(classifier, images), len(held_out[0]), protocol)
+        return cls(
+            re.sub(r"[^A-Za-z0-9]+", "_", Path(dataset).name),
+            classifier,
+            evaluate.features(classifier, images),
+            len(held_out[0]),
+            protocol,
+        )
 
     def compare(self, name: str, fakes: Tensor) -> dict[str, float]:
         """fd_<dataset>, KID, precision and recall of `fakes`; and the distance of as many of them as there are held-out
@@ -102,7 +123,7 @@ class Features:
 @torch.no_grad()
 def epsilon_error(process: DDPM, unet: Any, images: Tensor, repeats: int = 4) -> float:
     """L_DDPM on uint8 images with noise and indices that never change, so that epochs compare."""
-    x0 = data.to_float(images.repeat(repeats, 1, 1, 1))
+    x0 = data.to_float(images.repeat(repeats, 1, 1, 1)).to(device_of(unet))
     generator = torch.Generator().manual_seed(1)
     objective = Denoising(process)
     losses = [objective(unet, unet, {"x0": part}, 0, generator)[0] for part in x0.split(500)]
@@ -110,8 +131,7 @@ def epsilon_error(process: DDPM, unet: Any, images: Tensor, repeats: int = 4) ->
 
 
 def train_teacher(
-    unet: UNet,
-    process: DDPM,
+    teacher: Teacher,
     images: Tensor,
     held_out: Tensor,
     updates: int,
@@ -120,10 +140,12 @@ def train_teacher(
     out: Path,
     seed: int = 0,
     resume: bool = True,
+    schedule: str = "cosine",
     patience: int = 0,
     refresh: PairCache | None = None,
 ) -> tuple[Teacher, list[dict[str, float]]]:
-    """Train or fine-tune a DDPM: ε-MSE, 1,000 steps of warm-up, EMA 0.999, held-out error after every epoch.
+    """Train or fine-tune a DDPM: ε-MSE, warm-up over 1,000 steps (a quarter of a shorter run), EMA 0.999, held-out error
+    after every epoch.
 
     `patience` epochs without progress end the run (0: never). With `refresh`, the cache's targets are recomputed by the
     EMA teacher after every epoch (the brief's step 3).
@@ -131,16 +153,16 @@ def train_teacher(
 
     def on_epoch(step: int, average: Any) -> dict[str, float]:
         if refresh is not None:
-            refresh.refresh(Teacher(average, process))
-        return {"held_out": epsilon_error(process, average, held_out)}
+            refresh.refresh(replace(teacher, unet=average))
+        return {"held_out": epsilon_error(teacher.process, average, held_out)}
 
     def at_plateau(history: list[dict[str, float]]) -> bool:
         return patience > 0 and plateaued([row["held_out"] for row in history], patience)
 
     epoch = max(1, len(images) // batch_size)
     average, history = fit(
-        unet,
-        Denoising(process),
+        teacher.unet.requires_grad_(True),
+        Denoising(teacher.process),
         lambda start: data.batches(images, batch_size, seed, start),
         updates,
         lr=lr,
@@ -148,16 +170,19 @@ def train_teacher(
         seed=seed,
         folder=out,
         resume=resume,
+        schedule=schedule,
+        provenance={"chain": teacher.process.name, "images": data.fingerprint(images), "batch_size": batch_size},
         every=epoch,
         on_every=on_epoch,
         stop=at_plateau,
         name="teacher",
     )
-    return Teacher(average, process).to("cpu"), history
+    return replace(teacher, unet=average).to(device_of(average)), history
 
 
 # ---- students
 
+LEVELS = 18  # of consistency distillation
 OBJECTIVES = ("pair-regression", "endpoint-regression", "consistency-distillation")
 
 
@@ -174,9 +199,9 @@ def distill(
     images: Tensor | None = None,
 ) -> tuple[ConsistencyFunction, list[dict[str, float]]]:
     """Train `student` on the cache by one of OBJECTIVES; consistency distillation with a `teacher` and uint8 `images`
-    makes its pairs on the fly, by Heun steps on an 18-level Karras grid."""
+    makes its pairs on the fly, by Heun steps between LEVELS levels evenly spaced in the chain's index."""
 
-    huber: Distance = partial(pseudo_huber, c=0.24)
+    huber: Distance = partial(pseudo_huber, c=0.03 * math.prod(student.image_shape) ** 0.5)
     if objective == "pair-regression":
         chosen: Any = PairRegression()
         settings: dict[str, Any] = {"steps": updates or profile.regression_updates, "lr": 2e-4}
@@ -184,24 +209,36 @@ def distill(
         chosen = EndpointRegression(huber)
         settings = {"steps": updates or profile.endpoint_updates, "lr": 1e-3, "warmup": 20}
     elif objective == "consistency-distillation":
-        chosen = ConsistencyDistillation(distance=huber, mu=0.97)
-        settings = {"steps": updates or profile.distill_updates, "lr": 1.5e-4, "optimizer": "radam"}
+        chosen = ConsistencyDistillation(distance=huber, mu=0.9)
+        settings = {"steps": updates or profile.distill_updates, "lr": 3e-4, "optimizer": "radam"}
     else:
         raise ValueError(f"no objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
     if cache is not None:
         batches: Any = partial(cache.loader, profile.batch_size, seed)
+        if objective == "consistency-distillation" and cache.key["solver"] not in ("ddim", "heun"):
+            raise ValueError(f"consistency distillation needs ODE steps; this cache's solver is {cache.key['solver']}")
         settings["provenance"] = {"cache": cache.key}
     elif teacher is not None and images is not None and isinstance(chosen, ConsistencyDistillation):
-        levels = EDM(teacher.process.sigma_min, student.sigma_max).grid(18)
+        last = teacher.process.index(torch.tensor(student.sigma_max))
+        levels = teacher.process.sigma(torch.linspace(0, float(last), LEVELS))
         chosen = replace(chosen, teacher=teacher, levels=levels)
         batches = partial(data.batches, images, profile.batch_size, seed)
-        settings["provenance"] = {"teacher": teacher.hash()}
+        settings["provenance"] = {"teacher": teacher.hash(), "images": data.fingerprint(images)}
     else:
         raise ValueError(f"{objective} needs a pair cache; build one with `cmlib cache build`")
-    if objective == "endpoint-regression" and "x_end" not in next(batches(0)):
+    if objective == "endpoint-regression" and (cache is None or cache.key["source"] != "rollout"):
         raise ValueError("endpoint-regression needs a cache of source rollout, which keeps where each path ends")
-    common: dict[str, Any] = {"seed": seed, "folder": out, "resume": resume, "precision": profile.precision, "ema": 0.99}
-    average, history = fit(student.requires_grad_(True), chosen, batches, name=objective, **settings, **common)
+    settings["provenance"] |= {"batch_size": profile.batch_size}
+
+    def on_every(step: int, average: Any) -> dict[str, float]:
+        grid = data.to_float(draw(average, 48, 1, student.image_shape, seed))
+        plots.save(plots.samples({f"{objective}, {step} updates, one evaluation": grid}), out / f"samples-{step:05d}.png")
+        return {"contrast": float(grid.std())}
+
+    common: dict[str, Any] = {"seed": seed, "folder": out, "resume": resume, "precision": profile.precision, "ema": 0.999}
+    average, history = fit(
+        student.requires_grad_(True), chosen, batches, name=objective, on_every=on_every, **settings, **common
+    )
     assert isinstance(average, ConsistencyFunction)
     return average.eval(), history
 
@@ -211,8 +248,12 @@ def draw(f: ConsistencyFunction, n: int, evaluations: int, shape: tuple[int, ...
     parts = []
     for index in torch.arange(n).split(batch):
         noise = [indexed_normal(SAMPLING_SEED + seed, index, shape, k) for k in range(evaluations)]
-        parts.append(data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)))
+        parts.append(data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)).cpu())
     return torch.cat(parts)
+
+
+def _step_noise(seed: int, index: Tensor, shape: tuple[int, ...], k: int) -> Tensor:
+    return indexed_normal(seed, index, shape, 1 + k)
 
 
 def draw_teacher(
@@ -222,6 +263,6 @@ def draw_teacher(
     parts = []
     for index in torch.arange(n).split(batch):
         noise = indexed_normal(SAMPLING_SEED + seed, index, shape)
-        generator = torch.Generator().manual_seed(int(index[0]) + seed)
-        parts.append(data.to_uint8(teacher.sample(noise, steps, solver, generator=generator)))
+        fresh = partial(_step_noise, SAMPLING_SEED + seed, index, shape) if solver == "ancestral" else None
+        parts.append(data.to_uint8(teacher.sample(noise, steps, solver, draw=fresh)).cpu())
     return torch.cat(parts)

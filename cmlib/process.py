@@ -54,11 +54,11 @@ class EDM:
         return x0 + expand_like(t, x0) * eps
 
     def velocity(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        """dx/dt = (x − D)/t, the probability-flow ODE (EDM eq. 3 with s=1, σ=t)."""
+        """dx/dt = (x − D)/t, the probability-flow ODE (EDM eq. 1 and 3)."""
         return (x - denoised) / expand_like(t, x)
 
     def grid(self, n: int) -> Tensor:
-        """n ascending levels t_i = (σ_min^{1/ρ} + i/(n−1)·(σ_max^{1/ρ} − σ_min^{1/ρ}))^ρ (CM sec. 6, EDM eq. 5)."""
+        """n ascending levels t_i = (σ_min^{1/ρ} + i/(n−1)·(σ_max^{1/ρ} − σ_min^{1/ρ}))^ρ (CM sec. 4, EDM eq. 5)."""
         lo, hi = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return torch.linspace(lo, hi, n, dtype=torch.float64).pow(self.rho).float()
 
@@ -73,7 +73,7 @@ class EDM:
 
 @dataclass(frozen=True)
 class TrigFlow:
-    """x_t = cos(t)·x0 + sin(t)·z with z = σ_d·ε (sCM eq. 2)."""
+    """x_t = cos(t)·x0 + sin(t)·z with z = σ_d·ε (sCM sec. 3.1)."""
 
     sigma_data: float = 0.5
     sigma_min: float = 0.002
@@ -85,7 +85,7 @@ class TrigFlow:
         return t.cos() * x0 + t.sin() * self.sigma_data * eps
 
     def velocity(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        """dx/dt = cos t·z − sin t·x0 with x0 = D and z = (x − cos t·D)/sin t (sCM sec. 3)."""
+        """dx/dt = cos t·z − sin t·x0 with x0 = D and z = (x − cos t·D)/sin t (sCM sec. 3.1)."""
         t = expand_like(t, x)
         z = (x - t.cos() * denoised) / t.sin()
         return t.cos() * z - t.sin() * denoised

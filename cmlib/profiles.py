@@ -31,6 +31,7 @@ class Profile:
     samples: int  # images on the generated side of a Fréchet distance
     timesteps: int  # random noise levels an image in the reconstruction error
     precision: str = "no"
+    rough: bool = False  # for a look or a test, not for figures
 
 
 CPU = Profile(
@@ -39,7 +40,7 @@ CPU = Profile(
     dataset="digits",
     teacher="digits_teacher",
     widths=(32, 64),
-    teacher_updates=11_000,
+    teacher_updates=12_000,
     teacher_lr=1e-3,
     source="rollout",
     solver="ddim",
@@ -55,6 +56,7 @@ CPU = Profile(
 QUICK = replace(
     CPU,
     name="quick",
+    rough=True,
     minutes=1.5,
     teacher_updates=1_000,
     rollout_steps=20,
@@ -72,9 +74,9 @@ CI = replace(
     teacher_updates=60,
     rollout_steps=10,
     pairs=4_000,
-    regression_updates=20,
-    endpoint_updates=30,
-    distill_updates=30,
+    regression_updates=60,
+    endpoint_updates=100,
+    distill_updates=40,
     samples=300,
     timesteps=8,
 )

@@ -20,7 +20,7 @@ ROWS = {
     "student_2": ("student (this run)", "2"),
     "shipped_student_1": ("student (shipped, trained longer)", "1"),
     "shipped_student_2": ("student (shipped, trained longer)", "2"),
-    "regression_1": ("the brief's literal regression", "1"),
+    "regression_1": ("the brief's regression onto x̂_r", "1"),
     "identity_1": ("identity map (noise itself)", "0"),
 }
 
@@ -55,7 +55,7 @@ def table(dataset: str, metrics: dict[str, Any]) -> list[list[str]]:
                 "" if real else f"{value:.2f}",
                 "" if real else f"{value / teacher:.2f}",
                 "" if few is None else f"{few:.2f}",
-                f"{metrics[f'kid.{key}']:.3f}",
+                f"{metrics[f'kid.{key}']:.3g}",
                 f"{metrics[f'precision.{key}']:.2f}",
                 f"{metrics[f'recall.{key}']:.2f}",
             ]
@@ -117,8 +117,13 @@ def write(out: Path, profile: Profile, metrics: dict[str, Any], captions: dict[s
         FIGURE.format(alt=html.escape(text), data=base64.b64encode((out / f"{name}.png").read_bytes()).decode())
         for name, text in captions.items()
     )
+    names = ("pair-regression", "endpoint-regression", "consistency-distillation")
+    trained = sum(metrics[f"seconds.{name}"] for name in names)
     lead = (
         f"Data set {profile.dataset}, profile {profile.name}, {metrics['seconds.total']:.0f} s on this machine."
+        f" The brief's regression had {metrics['updates.regression']} updates of {profile.batch_size} pairs; the student"
+        f" {metrics['updates.endpoint']} of endpoint regression and {metrics['updates.distillation']} of distillation;"
+        f" {trained:.0f} s of training in all, reused where this folder had it."
         f" fd_{profile.dataset} is a Fréchet distance on the features of a small classifier that comes with the course;"
         f" it is not FID and compares only with itself at equal N. Reference: {metrics['protocol.reference']}."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from cmlib.ops import expand_like
 from cmlib.process import DDPM, ode_step
 from cmlib.unet import UNet
 
+RHO = 100.0  # of a student's sampling grid; on digits the second of two evaluations works best near σ = 1, not at ρ = 7's 4.4
 SOLVERS = ("posterior_mean", "ancestral", "ddim", "heun")
 
 
+@dataclass(eq=False)
 class Teacher:
     """A DDPM ε_θ(x_n, n) and its chain.
 
@@ -25,10 +28,15 @@ class Teacher:
     and `ode_step` take EDM coordinates x = x0 + σ·ε and noise levels σ.
     """
 
-    def __init__(self, unet: nn.Module, process: DDPM, clip: float | None = 1.0, variance_type: str = "fixed_large"):
-        if variance_type not in ("fixed_small", "fixed_large"):
-            raise ValueError(f"variance_type must be fixed_small or fixed_large, got {variance_type!r}")
-        self.unet, self.process, self.clip, self.variance_type = unet, process, clip, variance_type
+    unet: nn.Module
+    process: DDPM
+    clip: float | None = 1.0  # the range of x̂0 in its own sampler
+    variance_type: str = "fixed_large"
+
+    def __post_init__(self) -> None:
+        if self.variance_type not in ("fixed_small", "fixed_large"):
+            raise ValueError(f"variance_type must be fixed_small or fixed_large, got {self.variance_type!r}")
+        self.unet.eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Teacher:
@@ -72,8 +80,8 @@ class Teacher:
         )
 
     def to(self, device: str | torch.device) -> Teacher:
-        """Move the network; frozen and in eval mode from then on."""
-        self.unet = self.unet.to(device).eval().requires_grad_(False)
+        """Move the network."""
+        self.unet = self.unet.to(device)
         return self
 
     @property
@@ -88,8 +96,9 @@ class Teacher:
         return next(self.unet.parameters()).device
 
     def hash(self) -> str:
-        """Twelve hex digits over weights, schedule and clipping: which teacher a cache came from."""
-        digest = hashlib.sha256(repr((self.clip, self.variance_type)).encode())
+        """Twelve hex digits over weights, architecture, schedule and clipping: which teacher a cache came from."""
+        config = getattr(self.unet, "config", {})
+        digest = hashlib.sha256(repr((self.clip, self.variance_type, sorted(config.items()))).encode())
         for tensor in [self.process.betas, *(v for _, v in sorted(self.unet.state_dict().items()))]:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
@@ -153,20 +162,19 @@ class Teacher:
         return mean + std * noise
 
     @torch.no_grad()
-    def sample(self, noise: Tensor, steps: int, solver: str = "ddim", path: bool = False, generator: Any = None) -> Tensor:
+    def sample(self, noise: Tensor, steps: int, solver: str = "ddim", path: bool = False, draw: Any = None) -> Tensor:
         """Images [B,C,H,W] from standard normal `noise` in `steps` steps over the chain's "leading" indices.
 
-        `ddim` with k steps is DDIM-k, `ancestral` with T steps is DDPM-T. With `path`, all states [steps+1,B,C,H,W] in
-        EDM coordinates, first the noise and last the image.
+        `ddim` with k steps is DDIM-k; `ancestral` with T steps is DDPM-T and takes its noise from `draw(k)`, k = 0 … With
+        `path`, all states [steps+1,B,C,H,W] in EDM coordinates, first the noise and last the image.
         """
         levels = [*self.process.grid(steps).flip(0).tolist(), -1]
         x, states = noise.to(self.device), []
-        for n, r in zip(levels, levels[1:], strict=False):
+        for k, (n, r) in enumerate(zip(levels, levels[1:], strict=False)):
             at, to = torch.full((len(x),), n, device=x.device), torch.full((len(x),), r, device=x.device)
             if path:
                 states.append(self.process.to_edm(x, at)[0])
-            draw = torch.randn(x.shape, generator=generator).to(x.device) if solver == "ancestral" else None
-            x = self.step(x, at, to, solver, draw)
+            x = self.step(x, at, to, solver, draw(k).to(x.device) if draw else None)
         return torch.stack([*states, x]) if path else self._clip(x)
 
 
@@ -174,7 +182,8 @@ def warm_start(teacher: Teacher, sigma_max: float, sigma_data: float = 1.0) -> C
     """A student that starts from the teacher's weights: same body, its meaning of time and of the output translated.
 
     With σ_d = 1 the input scaling 1/√(1+σ²) is the teacher's own. The time embedding is refitted, so that 250·ln σ gives
-    the features that n(σ) gave. As σ -> 0, c_out·F must be −σ·ε, hence the last layer's sign.
+    the features that n(σ) gave. As σ -> 0, c_out·F must be −σ·ε, hence the last layer's sign. The sampling grid is nearly
+    geometric (ρ = RHO), so that two evaluations meet in the middle of ln σ.
     """
     if not isinstance(teacher.unet, UNet):
         raise TypeError("only a teacher over cmlib.unet.UNet can lend its weights")
@@ -191,4 +200,4 @@ def warm_start(teacher: Teacher, sigma_max: float, sigma_data: float = 1.0) -> C
         optimizer.zero_grad()
         (net.time_features(c_noise(sigma)) - goal).pow(2).mean().backward()
         optimizer.step()
-    return ConsistencyFunction(net, sigma_min, sigma_max, sigma_data)
+    return ConsistencyFunction(net, sigma_min, sigma_max, sigma_data, RHO)

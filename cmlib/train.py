@@ -68,6 +68,7 @@ class _Run:
         self.target = EMA(model, mu) if mu > 0 else None
         if self.target:
             self.target.model.train()  # the same dropout mask in both branches
+        self.scaler: Any = None  # fp16's loss scale
         self.step = 0
         self.history: list[dict[str, float]] = []
 
@@ -88,6 +89,7 @@ class _Run:
             "ema": self.average.model.state_dict(),
             "target": self.target.model.state_dict() if self.target else {},
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
             "settings": self.settings,
             "step": self.step,
             "history": self.history,
@@ -100,15 +102,21 @@ class _Run:
         was = state.get("settings", {})
         differs = [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in self.settings.items() if was.get(k) != v]
         if differs:
-            raise ValueError(f"{path} belongs to another run ({'; '.join(differs)}); give another --out to start anew")
+            raise ValueError(
+                f"{path} belongs to another run ({'; '.join(differs)}); delete it or give another --out to start anew"
+            )
         try:
             self.model.load_state_dict(state["model"])
             self.average.model.load_state_dict(state["ema"])
             if self.target:
                 self.target.model.load_state_dict(state["target"])
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.scaler:
+                self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} belongs to another model or objective; give another --out to start anew") from error
+            raise ValueError(
+                f"{path} belongs to another model or objective; delete it or give another --out to start anew"
+            ) from error
         self.step, self.history = state["step"], state["history"]
 
 
@@ -144,12 +152,15 @@ def fit(
     Raises FloatingPointError with the step at the first non-finite loss; the last good checkpoint stays.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
     settings = {"objective": type(objective).__name__, "mu": objective.mu, "steps": steps, "lr": lr, "optimizer": optimizer}
     settings |= {"weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "ema": ema, "grad_clip": grad_clip}
     settings |= {"seed": seed, "precision": precision, **(provenance or {})}
+    AcceleratorState._reset_state()  # it is global, and refuses a second precision in one process
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
     run = _Run(model.to(accelerator.device), objective.mu, ema, optimizer, lr, weight_decay, settings)
+    run.scaler = accelerator.scaler
     checkpoint = Path(folder) / "checkpoint.pt" if folder else None
     if checkpoint:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -169,15 +180,18 @@ def fit(
             group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
         with accelerator.autocast():
             loss = objective(wrapped, run.target.model if run.target else model, batch, step, generator)[0].mean()
-        if not torch.isfinite(loss):
+        saving = (step + 1) % every == 0 or step + 1 == steps
+        if not torch.isfinite(loss) or (saving and not all(bool(p.isfinite().all()) for p in model.parameters())):
             kept = f"; the last good checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
-            raise FloatingPointError(f"loss is {loss.item()} at step {step}{kept}. Lower the learning rate or check the data.")
+            raise FloatingPointError(
+                f"loss {loss.item()} or a weight is not finite at step {step}{kept}. Lower the learning rate or check the data."
+            )
         accelerator.backward(loss)
         if grad_clip:
             accelerator.clip_grad_norm_(wrapped.parameters(), grad_clip)
         run.finish_step()
         losses.append(loss.detach())
-        if run.step % every == 0 or run.step == steps:
+        if saving:
             seconds = time.monotonic() - began + (run.history[-1]["seconds"] if run.history else 0.0)
             row = {"step": run.step, "loss": float(torch.stack(losses).mean()), "seconds": round(seconds, 1)}
             row |= (on_every(run.step, run.average.model) if on_every else None) or {}

@@ -75,7 +75,20 @@ def test_commands_chain_from_teacher_to_export(tmp_path, capsys):
     run("distill", "--objective", "pair-regression", "--cache", cache, "--teacher", teacher / "pipeline", "--out", student)
     assert metrics(student)["loss.last"] > 0
     tuned = tmp_path / "tuned"
-    run("teacher", "finetune", "--teacher", teacher / "pipeline", "--updates", 8, "--limit", 300, "--refresh", cache, "--out", tuned)
+    run(
+        "teacher",
+        "finetune",
+        "--teacher",
+        teacher / "pipeline",
+        "--updates",
+        8,
+        "--limit",
+        300,
+        "--refresh",
+        cache,
+        "--out",
+        tuned,
+    )
     run("cache", "info", cache, "--out", tmp_path / "info")
     assert metrics(tmp_path / "info")["protocol.teacher"] != built
     out = tmp_path / "cd"

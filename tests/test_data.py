@@ -59,7 +59,7 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path, pictures, match):
 
 def test_bad_sets_are_refused_with_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="cannot load data set 'no/such'.*CMLIB_DATASETS"):
+    with pytest.raises(ValueError, match=r"cannot load data set 'no/such'.*CMLIB_DATASETS"):
         data.load("no/such")
     with pytest.raises(ValueError, match="has no split 'test'; it has train"):
         data.load(folder(tmp_path / "a", [picture()]), "test")
@@ -86,7 +86,7 @@ def test_batches_visit_every_image_once_an_epoch_and_resume_anywhere():
     images = torch.arange(10, dtype=torch.uint8)[:, None, None, None].expand(10, 1, 2, 2)
     stream = data.batches(images, 3, seed=4)
     seen = [next(stream)["index"].tolist() for _ in range(12)]
-    assert sorted(len(set(sum(seen[k : k + 3], []))) for k in (0, 3, 6, 9)) == [9] * 4
+    assert sorted(len({i for part in seen[k : k + 3] for i in part}) for k in (0, 3, 6, 9)) == [9] * 4
     for start in (1, 3, 7):
         resumed = data.batches(images, 3, seed=4, start=start)
         assert [next(resumed)["index"].tolist() for _ in range(3)] == seen[start : start + 3]

@@ -96,7 +96,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
                 batch["x0"] = batch["x0"] * float("nan")
             yield batch
 
-    with pytest.raises(FloatingPointError, match="step 7.*checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"step 7.*checkpoint"):
         fit(unet(), Denoising(DDPM.linear()), poisoned, 20, folder=tmp_path, every=5)
     assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
 
@@ -104,7 +104,7 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(tmp_path):
 def test_resume_refuses_another_run(tmp_path):
     objective = Denoising(DDPM.linear())
     fit(unet(), objective, BATCHES, 2, folder=tmp_path)
-    with pytest.raises(ValueError, match="lr was 0.0002, is 0.1"):
+    with pytest.raises(ValueError, match=r"lr was 0\.0002, is 0\.1"):
         fit(unet(), objective, BATCHES, 2, folder=tmp_path, resume=True, lr=0.1)
     with pytest.raises(ValueError, match="another model"):
         fit(nn.Linear(2, 2), objective, BATCHES, 2, folder=tmp_path, resume=True)

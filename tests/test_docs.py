@@ -1,0 +1,24 @@
+"""The README's numbers are those of the committed measurement."""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from demo_seeds import RESULTS, markdown  # noqa: E402
+
+
+def test_readme_shows_the_committed_results():
+    assert markdown(json.loads(RESULTS.read_text())) in (ROOT / "README.md").read_text()
+
+
+def test_shipped_weights_have_their_provenance():
+    data = ROOT / "data"
+    for weights in data.glob("*.safetensors"):
+        assert json.loads(weights.with_suffix(".json").read_text())["licence"] == "Apache-2.0"
+    from cmlib.pipeline import load_teacher
+
+    told = json.loads((data / "digits_teacher" / "provenance.json").read_text())
+    assert told["hash"] == load_teacher("digits_teacher").hash()

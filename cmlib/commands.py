@@ -18,7 +18,7 @@ from cmlib import data, evaluate, pipeline, plots, report
 from cmlib import demo as demo_run
 from cmlib import export as exporting
 from cmlib.cache import PairCache
-from cmlib.consistency import ConsistencyFunction
+from cmlib.consistency import ConsistencyFunction, PlainFunction
 from cmlib.ops import indexed_normal
 from cmlib.process import DDPM
 from cmlib.profiles import Profile, select, small_unet
@@ -173,6 +173,10 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
     images = None if args.cache else data.load(profile.dataset, limit=args.limit)[0]
     teacher = _teacher(args, profile, images)
     cache = PairCache.open(args.cache, teacher) if args.cache else None
+    plain = args.objective == "pair-regression"
+    student: Any
+    if plain and args.student:
+        raise ValueError("pair-regression starts from the teacher's weights; leave --student out")
     if args.student:
         student = ConsistencyFunction.load(args.student).train()
         if student.image_shape != teacher.image_shape:
@@ -180,16 +184,25 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
     else:
         sigma_max = float(teacher.process.sigma(teacher.process.grid(profile.rollout_steps)[-1:]))
         student = warm_start(teacher, sigma_max)
+        student = PlainFunction(student.net) if plain else student
     pairs: dict[str, Any] = {"cache": cache, "teacher": teacher, "images": images}
     trained, history = pipeline.distill(
         args.objective, student, profile, args.out / "training", args.seed, args.updates, args.resume, **pairs
     )
+    found = {"loss.first": history[0]["loss"], "loss.last": history[-1]["loss"], "seconds.total": history[-1]["seconds"]}
+    if plain:
+        assert cache is not None
+        error = evaluate.pair_error(trained, next(cache.loader(1_000, args.seed + 1)))
+        print(
+            "One reverse step, not a one-step sampler: no student.pt, only what the regression reached beside the identity map."
+        )
+        return _say({**found, "mse.regression": error["model"], "mse.identity": error["identity"], "mse.skill": error["skill"]})
     trained.save(args.out / "student.pt")
     trained.save(args.out / "student.safetensors")
     drawn = {f"{k} evaluation(s)": pipeline.draw(trained, 48, k, trained.image_shape, args.seed) for k in (1, 2)}
     plots.save(plots.samples({name: data.to_float(images) for name, images in drawn.items()}), args.out / "samples.png")
-    print(f"loss {history[0]['loss']:.4g} -> {history[-1]['loss']:.4g}; student in {args.out / 'student.pt'}")
-    return {"loss.first": history[0]["loss"], "loss.last": history[-1]["loss"], "seconds.total": history[-1]["seconds"]}
+    print(f"student in {args.out / 'student.pt'}")
+    return _say(found)
 
 
 def sample(args: Namespace, profile: Profile) -> Metrics:

@@ -129,6 +129,20 @@ class ConsistencyFunction(nn.Module):
         return f.eval()
 
 
+class PlainFunction(nn.Module):
+    """The brief's student: the U-Net's own output, in the chain's units (x/√(1+t²)), with no boundary built in.
+
+    `x` [B,C,H,W] in EDM coordinates, `t` [B] in σ, like `ConsistencyFunction`, with σ_d = 1.
+    """
+
+    def __init__(self, net: nn.Module):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.net(expand_like(c_in(t, 1.0), x) * x, c_noise(t))
+
+
 class EMA:
     """θ⁻ ← μ·θ⁻ + (1 − μ)·θ after every step (CM eq. 8); the average starts at θ and lives in `self.model`.
 

@@ -202,13 +202,11 @@ def self_consistency_gap(f: Network, teacher: Teacher, noise: Tensor, steps: int
 
 @torch.no_grad()
 def pair_error(f: Network, batch: dict[str, Tensor]) -> dict[str, float]:
-    """MSE against x̂_r in the chain's units, of `f` and of the identity map, and skill = 1 − MSE/MSE_identity.
+    """MSE of f(x_t, t) against x̂_r, both in the chain's units, the identity map's, and skill = 1 − MSE/MSE_identity.
 
     The identity baseline is what makes the figure mean something: neighbours in a 1000-step chain hardly differ.
     """
     batch = {k: v.to(device_of(f)) for k, v in batch.items()}
-    scale = 1 + batch["r"] ** 2
-    model = float((mse(f(batch["x_t"], batch["t"]), batch["x_r"]) / scale).mean())
-    chain_t = batch["x_t"] / expand_like((1 + batch["t"] ** 2).sqrt(), batch["x_t"])
-    identity = float(mse(chain_t, batch["x_r"] / expand_like(scale.sqrt(), chain_t)).mean())
+    x_t, x_r = (batch[x] / expand_like((1 + batch[t] ** 2).sqrt(), batch[x]) for x, t in (("x_t", "t"), ("x_r", "r")))
+    model, identity = float(mse(f(batch["x_t"], batch["t"]), x_r).mean()), float(mse(x_t, x_r).mean())
     return {"model": model, "identity": identity, "skill": 1 - model / identity}

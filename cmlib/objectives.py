@@ -3,7 +3,7 @@
 | objective                 | pair source           | (t, r)                    | target          | distance | weight   |
 |---------------------------|-----------------------|---------------------------|-----------------|----------|----------|
 | `Denoising`               | data + noise          | n uniform                 | ε               | MSE      | 1        |
-| `PairRegression`          | cache                 | the cache's               | x̂_r             | MSE      | 1/(1+r²) |
+| `PairRegression`          | cache                 | the cache's               | x̂_r             | MSE      | 1        |
 | `EndpointRegression`      | rollout cache         | the cache's               | x_end           | any      | 1        |
 | `ConsistencyDistillation` | cache, or data + ODE  | the cache's, or N levels  | sg f⁻(x̂_r, r)   | any      | 1        |
 
@@ -65,7 +65,7 @@ class Denoising:
 
 @dataclass(frozen=True)
 class PairRegression:
-    """The brief's L_CD = ‖x̂_r − f(x_t, t)‖², in the chain's own units (hence the weight 1/(1+r²)); mean over pixels.
+    """The brief's L_CD = ‖x̂_r − f(x_t, t)‖², f's output and x̂_r in the chain's own units; mean over pixels.
 
     This is *not* consistency distillation: its minimiser is one reverse step, E[x̂_r | x_t], so from pure noise one
     evaluation gives x_{T−δ}, which is noise. Kept as the brief states it, for the comparison.
@@ -74,8 +74,8 @@ class PairRegression:
     mu: float = 0.0
 
     def __call__(self, f: Network, target: Network, batch: dict, step: int, generator: Generator) -> Losses:
-        loss = mse(f(batch["x_t"], batch["t"]), batch["x_r"]) / (1 + batch["r"] ** 2)
-        return loss, {"t": batch["t"]}
+        goal = batch["x_r"] / expand_like((1 + batch["r"] ** 2).sqrt(), batch["x_r"])
+        return mse(f(batch["x_t"], batch["t"]), goal), {"t": batch["t"]}
 
 
 @dataclass(frozen=True)

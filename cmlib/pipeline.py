@@ -7,14 +7,14 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cmlib import data, evaluate, plots
 from cmlib.cache import PairCache
-from cmlib.consistency import ConsistencyFunction, sample
+from cmlib.consistency import ConsistencyFunction, PlainFunction, sample
 from cmlib.files import sha256
 from cmlib.objectives import ConsistencyDistillation, Denoising, Distance, EndpointRegression, PairRegression
 from cmlib.ops import device_of, indexed_normal, pseudo_huber
@@ -22,6 +22,7 @@ from cmlib.process import DDPM
 from cmlib.profiles import Profile
 from cmlib.teacher import Teacher
 from cmlib.train import fit, plateaued
+from cmlib.unet import UNet
 
 SAMPLING_SEED = 10_000  # sampling noise never coincides with a rollout's
 
@@ -182,13 +183,17 @@ def train_teacher(
 
 # ---- students
 
+PLAIN_SIGMA = 100.0  # where one evaluation of a PlainFunction starts: noise alone
 LEVELS = 18  # of consistency distillation
 OBJECTIVES = ("pair-regression", "endpoint-regression", "consistency-distillation")
 
 
+Student = TypeVar("Student", ConsistencyFunction, PlainFunction)
+
+
 def distill(
     objective: str,
-    student: ConsistencyFunction,
+    student: Student,
     profile: Profile,
     out: Path,
     seed: int = 0,
@@ -197,11 +202,13 @@ def distill(
     cache: PairCache | None = None,
     teacher: Teacher | None = None,
     images: Tensor | None = None,
-) -> tuple[ConsistencyFunction, list[dict[str, float]]]:
+) -> tuple[Student, list[dict[str, float]]]:
     """Train `student` on the cache by one of OBJECTIVES; consistency distillation with a `teacher` and uint8 `images`
     makes its pairs on the fly, by Heun steps between LEVELS levels evenly spaced in the chain's index."""
 
-    huber: Distance = partial(pseudo_huber, c=0.03 * math.prod(student.image_shape) ** 0.5)
+    unet = cast(UNet, student.net).config
+    shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
+    huber: Distance = partial(pseudo_huber, c=0.03 * math.prod(shape) ** 0.5)
     if objective == "pair-regression":
         chosen: Any = PairRegression()
         settings: dict[str, Any] = {"steps": updates or profile.regression_updates, "lr": 2e-4}
@@ -218,7 +225,7 @@ def distill(
         if objective == "consistency-distillation" and cache.key["solver"] not in ("ddim", "heun"):
             raise ValueError(f"consistency distillation needs ODE steps; this cache's solver is {cache.key['solver']}")
         settings["provenance"] = {"cache": cache.key}
-    elif teacher is not None and images is not None and isinstance(chosen, ConsistencyDistillation):
+    elif teacher is not None and images is not None and isinstance(student, ConsistencyFunction):
         last = teacher.process.index(torch.tensor(student.sigma_max))
         levels = teacher.process.sigma(torch.linspace(0, float(last), LEVELS))
         chosen = replace(chosen, teacher=teacher, levels=levels)
@@ -231,7 +238,7 @@ def distill(
     settings["provenance"] |= {"batch_size": profile.batch_size}
 
     def on_every(step: int, average: Any) -> dict[str, float]:
-        grid = data.to_float(draw(average, 48, 1, student.image_shape, seed))
+        grid = data.to_float(draw(average, 48, 1, shape, seed))
         plots.save(plots.samples({f"{objective}, {step} updates, one evaluation": grid}), out / f"samples-{step:05d}.png")
         return {"contrast": float(grid.std())}
 
@@ -239,16 +246,17 @@ def distill(
     average, history = fit(
         student.requires_grad_(True), chosen, batches, name=objective, on_every=on_every, **settings, **common
     )
-    assert isinstance(average, ConsistencyFunction)
-    return average.eval(), history
+    return cast(Student, average.eval()), history
 
 
-def draw(f: ConsistencyFunction, n: int, evaluations: int, shape: tuple[int, ...], seed: int, batch: int = 500) -> Tensor:
+def draw(f: nn.Module, n: int, evaluations: int, shape: tuple[int, ...], seed: int, batch: int = 500) -> Tensor:
     """n uint8 images from f; image i depends on (seed, i) alone."""
     parts = []
     for index in torch.arange(n).split(batch):
         noise = [indexed_normal(SAMPLING_SEED + seed, index, shape, k) for k in range(evaluations)]
-        parts.append(data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)).cpu())
+        levels = f.levels(evaluations) if isinstance(f, ConsistencyFunction) else [PLAIN_SIGMA]
+        sigma_min = f.sigma_min if isinstance(f, ConsistencyFunction) else 0.0
+        parts.append(data.to_uint8(sample(f, noise, levels, sigma_min)).cpu())
     return torch.cat(parts)
 
 

@@ -47,9 +47,9 @@ CPU = Profile(
     rollout_steps=40,
     pairs=160_000,
     batch_size=64,
-    regression_updates=300,
+    regression_updates=900,
     endpoint_updates=600,
-    distill_updates=1_000,
+    distill_updates=300,
     samples=1_500,
     timesteps=256,
 )

@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cmlib.consistency import EMA, ConsistencyFunction, c_in, c_noise, c_out, c_skip, sample
+from cmlib.consistency import EMA, ConsistencyFunction, PlainFunction, c_in, c_noise, c_out, c_skip, sample
 from cmlib.objectives import EndpointRegression
+from cmlib.process import DDPM
 from cmlib.train import fit
 from cmlib.unet import UNet
+from tests.small import UNET
 
 TINY = {
     "sample_size": 8,
@@ -217,3 +219,21 @@ def test_files_of_something_else_are_refused(tmp_path, content):
 def test_only_a_unet_is_saved(tmp_path):
     with pytest.raises(TypeError, match=r"only a ConsistencyFunction over cmlib\.unet\.UNet"):
         ConsistencyFunction(nn.Linear(2, 2)).save(tmp_path / "student.safetensors")
+
+
+def test_below_the_boundary_f_is_the_identity_too():
+    f = ConsistencyFunction(lambda_net(), sigma_min=0.01)
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(f(x, torch.tensor([0.0, 0.005, 0.01])), x)
+
+
+def test_the_briefs_student_is_the_network_on_the_chains_state():
+    net, chain = lambda_net(), DDPM.linear()
+    x, n = torch.randn(3, 1, 8, 8), torch.tensor([10, 500, 999])
+    edm_x, sigma = chain.to_edm(x, n)
+    torch.testing.assert_close(PlainFunction(net)(edm_x, sigma), net(x, 250 * sigma.log()), rtol=1e-4, atol=1e-4)
+
+
+def lambda_net():
+    torch.manual_seed(0)
+    return UNet(**UNET)

@@ -131,12 +131,12 @@ def test_both_branches_share_the_dropout_mask():
 
 
 def test_pair_regression_is_the_mse_in_chain_units():
-    """‖x_r/√(1+r²) − f/√(1+r²)‖² per pixel: the brief's loss on states of the chain."""
+    """‖x_r/√(1+r²) − f‖² per pixel: the brief's loss on states of the chain."""
     batch, chain = pairs(), DDPM.linear()
     batch["r"] = chain.sigma(torch.tensor([-1, 5, 500, 990]))
     loss, logs = PairRegression()(lambda x, t: 0.9 * x, lambda x, t: x, batch, 0, seeded())
     scale = torch.cat([torch.ones(1), chain.alpha_bar[[5, 500, 990]].sqrt()])[:, None, None, None]
-    by_hand = (scale * batch["x_r"] - scale * 0.9 * batch["x_t"]).pow(2).mean((1, 2, 3))
+    by_hand = (scale * batch["x_r"] - 0.9 * batch["x_t"]).pow(2).mean((1, 2, 3))
     torch.testing.assert_close(loss, by_hand, rtol=1e-4, atol=1e-6)
     assert logs["t"] is batch["t"]
 
@@ -146,7 +146,7 @@ def test_pair_regression_is_minimised_by_the_mean_of_the_targets():
     x_t = torch.ones(2, 1, 2, 2)
     x_r = torch.stack([torch.full((1, 2, 2), 0.2), torch.full((1, 2, 2), 0.6)])
     batch = {"x_t": x_t, "x_r": x_r, "t": torch.ones(2), "r": torch.full((2,), 0.9)}
-    a = torch.tensor(0.4, requires_grad=True)
+    a = torch.tensor(0.4 / (1 + 0.9**2) ** 0.5, requires_grad=True)
     PairRegression()(lambda x, t: a * x, lambda x, t: x, batch, 0, seeded())[0].mean().backward()
     assert abs(float(a.grad)) < 1e-6
 

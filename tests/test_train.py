@@ -63,6 +63,7 @@ def test_equals_the_ten_line_loop():
     assert losses == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 @pytest.mark.parametrize("make", [lambda: (unet(), Denoising(DDPM.linear())), distillation], ids=["teacher", "student"])
 def test_twenty_steps_equal_ten_killed_and_ten(tmp_path, make):
     whole, objective = make()
@@ -158,3 +159,24 @@ def test_plateau():
     assert not plateaued(falling)
     assert plateaued([*falling, *[falling[-1]] * 5])
     assert not plateaued([1.0] * 5)
+
+
+def test_one_process_can_train_at_two_precisions():
+    for precision in ("bf16", "no"):
+        _, history = fit(unet(), Denoising(DDPM.linear()), BATCHES, 2, precision=precision)
+        assert history[-1]["loss"] > 0
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
+    class Poisoned(Denoising):
+        def __call__(self, f, target, batch, step, generator):
+            if step == 8:
+                with torch.no_grad():
+                    next(iter(f.parameters())).fill_(float("nan"))
+                return next(iter(f.parameters())).sum().reshape(1) * 0 + torch.ones(1), {}
+            return super().__call__(f, target, batch, step, generator)
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fit(unet(), Poisoned(DDPM.linear()), BATCHES, 20, folder=tmp_path, every=5)
+    state = read_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["step"] == 5 and all(v.isfinite().all() for v in state["model"].values())

@@ -212,7 +212,7 @@ def sample(args: Namespace, profile: Profile) -> Metrics:
     plots.save(plots.samples({f"{args.evaluations} evaluation(s)": data.to_float(images)}), args.out / "samples.png")
     exporting.save_npz(args.out / "samples.npz", images)
     print(f"{args.n} images in {args.out / 'samples.npz'} and samples.png")
-    return {"n": args.n, "evaluations": args.evaluations, "protocol.sigmas": f.levels(args.evaluations)}
+    return {"n": args.n, "evaluations": args.evaluations, "protocol.sigmas": " ".join(f"{s:.4g}" for s in f.levels(args.evaluations))}
 
 
 def evaluate_student(args: Namespace, profile: Profile) -> Metrics:

@@ -70,9 +70,10 @@ def samples(sets: Mapping[str, Tensor], columns: int = 12, rows: int = 4) -> Fig
 def jump(sigmas: Sequence[float], rows: Mapping[str, Tensor]) -> Figure:
     """One image at several noise levels: a labelled row each (noisy, one jump, teacher's walk, …), a column a level."""
     figure, axes = plt.subplots(len(rows), len(sigmas), figsize=(1.35 * len(sigmas) + 1.4, 1.45 * len(rows)), squeeze=False)
-    for line, (name, images) in zip(axes, rows.items(), strict=True):
+    for row, (name, images) in enumerate(rows.items()):
+        line = axes[row]
         for ax, image, sigma in zip(line, images, sigmas, strict=True):
-            show(ax, image, f"σ = {sigma:.3g}" if line is axes[0] else "")
+            show(ax, image, f"σ = {sigma:.3g}" if row == 0 else "")
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
     figure.tight_layout()
     return figure

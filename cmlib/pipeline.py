@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from cmlib import data, evaluate, plots
 from cmlib.cache import PairCache
@@ -265,11 +266,11 @@ def _step_noise(seed: int, index: Tensor, shape: tuple[int, ...], k: int) -> Ten
 
 
 def draw_teacher(
-    teacher: Teacher, n: int, steps: int, solver: str, shape: tuple[int, ...], seed: int, batch: int = 500
+    teacher: Teacher, n: int, steps: int, solver: str, shape: tuple[int, ...], seed: int, batch: int = 100
 ) -> Tensor:
     """n uint8 images from the teacher, from the same noise as `draw`."""
     parts = []
-    for index in torch.arange(n).split(batch):
+    for index in tqdm(torch.arange(n).split(batch), desc=f"{n} images, {steps} {solver} steps", leave=False):
         noise = indexed_normal(SAMPLING_SEED + seed, index, shape)
         fresh = partial(_step_noise, SAMPLING_SEED + seed, index, shape) if solver == "ancestral" else None
         parts.append(data.to_uint8(teacher.sample(noise, steps, solver, draw=fresh)).cpu())

@@ -17,18 +17,7 @@ from cmlib.train import fit
 from cmlib.unet import UNet
 from tests.small import UNET
 
-TINY = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "attention_head_dim": None,
-    "dropout": 0.3,
-}
+TINY = {**UNET, "dropout": 0.3}
 
 
 def tiny(**sigmas):

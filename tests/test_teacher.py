@@ -11,19 +11,9 @@ from cmlib.oracle import GaussianMixture
 from cmlib.process import DDPM
 from cmlib.teacher import Teacher, warm_start
 from cmlib.unet import UNet
+from tests.small import UNET
 
-TINY = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 4,
-    "attention_head_dim": None,
-    "freq_shift": 1,
-    "flip_sin_to_cos": False,
-    "downsample_padding": 0,
-}
+TINY = {**UNET, "in_channels": 3, "out_channels": 3}
 
 
 def tiny_teacher(process=None, clip=1.0, variance_type="fixed_large"):

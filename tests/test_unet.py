@@ -7,23 +7,10 @@ import torch
 from diffusers import UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
+from cmlib.profiles import small_unet
 from cmlib.unet import _FIXED, UNet, timestep_embedding
 
-DIGITS = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "norm_num_groups": 8,
-    "attention_head_dim": None,
-    "freq_shift": 1,
-    "flip_sin_to_cos": False,
-    "norm_eps": 1e-6,
-    "downsample_padding": 0,
-}
+DIGITS = small_unet((1, 8, 8), (32, 64), dropout=0.0)
 CIFAR10 = {  # google/ddpm-cifar10-32
     "sample_size": 32,
     "in_channels": 3,
@@ -75,7 +62,7 @@ def test_training_mode_with_dropout_and_gradients(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
     torch.manual_seed(0)
-    theirs = UNet2DModel(**DIGITS, dropout=0.3).train()
+    theirs = UNet2DModel(**{**DIGITS, "dropout": 0.3}).train()
     ours = UNet.from_diffusers(theirs)
     assert ours.training and ours.config["dropout"] == 0.3
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([0, 10, 500, 999])

@@ -108,4 +108,4 @@ def test_every_setting_of_diffusers_is_implemented_or_fixed():
     theirs, ours = (set(inspect.signature(c.__init__).parameters) for c in (UNet2DModel, UNet))
     assert theirs - ours - set(_FIXED) == {"num_train_timesteps"}  # which only a class embedding reads
     defaults = {k: p.default for k, p in inspect.signature(UNet2DModel.__init__).parameters.items() if k in _FIXED}
-    assert defaults == _FIXED
+    assert defaults == {k: v for k, v in _FIXED.items() if k in defaults}  # older diffusers have fewer settings

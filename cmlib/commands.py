@@ -182,7 +182,8 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
         if student.image_shape != teacher.image_shape:
             raise ValueError(f"{args.student} makes images {student.image_shape}, the teacher {teacher.image_shape}")
     else:
-        sigma_max = float(teacher.process.sigma(teacher.process.grid(profile.rollout_steps)[-1:]))
+        steps = cache.key.get("steps", profile.rollout_steps) if cache else profile.rollout_steps
+        sigma_max = float(teacher.process.sigma(teacher.process.grid(steps)[-1:]))
         student = warm_start(teacher, sigma_max)
         student = PlainFunction(student.net) if plain else student
     pairs: dict[str, Any] = {"cache": cache, "teacher": teacher, "images": images}
@@ -212,7 +213,8 @@ def sample(args: Namespace, profile: Profile) -> Metrics:
     plots.save(plots.samples({f"{args.evaluations} evaluation(s)": data.to_float(images)}), args.out / "samples.png")
     exporting.save_npz(args.out / "samples.npz", images)
     print(f"{args.n} images in {args.out / 'samples.npz'} and samples.png")
-    return {"n": args.n, "evaluations": args.evaluations, "protocol.sigmas": " ".join(f"{s:.4g}" for s in f.levels(args.evaluations))}
+    sigmas = " ".join(f"{sigma:.4g}" for sigma in f.levels(args.evaluations))
+    return {"n": args.n, "evaluations": args.evaluations, "protocol.sigmas": sigmas}
 
 
 def evaluate_student(args: Namespace, profile: Profile) -> Metrics:

@@ -146,11 +146,12 @@ class PlainFunction(nn.Module):
 class EMA:
     """θ⁻ ← μ·θ⁻ + (1 − μ)·θ after every step (CM eq. 8); the average starts at θ and lives in `self.model`.
 
-    `warmup` uses min(μ, (1 + k)/(10 + k)) at step k, so that a short run is not an average over its own start.
+    `decay` is μ, a number or a function of the step. `warmup` uses min(μ, (1 + k)/(10 + k)) at step k, so that a short
+    run is not an average over its own start.
     """
 
-    def __init__(self, model: nn.Module, decay: float, warmup: bool = False):
-        if not 0 <= decay < 1:
+    def __init__(self, model: nn.Module, decay: float | Callable[[int], float], warmup: bool = False):
+        if not callable(decay) and not 0 <= decay < 1:
             raise ValueError(f"an EMA decay lies in [0, 1), got {decay}")
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay, self.warmup = decay, warmup
@@ -158,7 +159,8 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """One step of the average, `step` counted from 0."""
-        mu = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+        mu = self.decay(step) if callable(self.decay) else self.decay
+        mu = min(mu, (1 + step) / (10 + step)) if self.warmup else mu
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - mu)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

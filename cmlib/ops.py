@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+
+Network = Callable[[Tensor, Tensor], Tensor]  # f(x, t)
+Distance = Callable[[Tensor, Tensor], Tensor]  # of two batches, [B]
+Losses = tuple[Tensor, dict[str, Tensor]]  # per sample [B], and logs
 
 
 def expand_like(v: Tensor, x: Tensor) -> Tensor:
@@ -28,6 +32,11 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
 def huber_c(x: Tensor) -> float:
     """iCT's c = 0.00054·√d for samples of d elements (iCT sec. 3.3)."""
     return 0.00054 * float(np.sqrt(x[0].numel()))
+
+
+def randn_like(x: Tensor, generator: Generator) -> Tensor:
+    """Standard normal noise of x's shape from the caller's CPU generator, on x's device."""
+    return torch.randn(x.shape, generator=generator).to(x.device)
 
 
 def _streams(seed: int, indices: Sequence[int] | Tensor, stream: int) -> Iterator[np.random.Generator]:

@@ -57,7 +57,7 @@ class _Run:
     """What training changes, and its checkpoint."""
 
     def __init__(
-        self, model: nn.Module, mu: float, ema: float, optimizer: str, lr: float, weight_decay: float, settings: dict[str, Any]
+        self, model: nn.Module, mu: Any, ema: float, optimizer: str, lr: float, weight_decay: float, settings: dict[str, Any]
     ):
         optimizers = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
         if optimizer not in optimizers:
@@ -65,7 +65,7 @@ class _Run:
         self.model, self.settings = model, settings
         self.optimizer: Any = optimizers[optimizer](model.parameters(), lr=lr, weight_decay=weight_decay)
         self.average = EMA(model, ema, warmup=True)
-        self.target = EMA(model, mu) if mu > 0 else None
+        self.target = EMA(model, mu) if mu else None
         if self.target:
             self.target.model.train()  # the same dropout mask in both branches
         self.scaler: Any = None  # fp16's loss scale
@@ -154,7 +154,8 @@ def fit(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    settings = {"objective": type(objective).__name__, "mu": objective.mu, "steps": steps, "lr": lr, "optimizer": optimizer}
+    mu = "of the step" if callable(objective.mu) else objective.mu
+    settings = {"objective": type(objective).__name__, "mu": mu, "steps": steps, "lr": lr, "optimizer": optimizer}
     settings |= {"weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "ema": ema, "grad_clip": grad_clip}
     settings |= {"seed": seed, "precision": precision, **(provenance or {})}
     AcceleratorState._reset_state()  # it is global, and refuses a second precision in one process

@@ -209,7 +209,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         temb = F.silu(self.time_features(t))
         h = self.conv_in(x)
-        if h.device.type == "cpu":  # oneDNN convolves fastest in channels-last memory; every later state inherits it
+        # oneDNN convolves fastest in channels-last memory, and every later state inherits it; torch.func.jvp cannot take it
+        if h.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
             h = h.contiguous(memory_format=torch.channels_last)
         skips = [h]
         for block in cast("list[Block]", self.down_blocks):

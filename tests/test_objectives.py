@@ -6,35 +6,30 @@ import pytest
 import torch
 from torch import nn
 
-from cmlib.consistency import ConsistencyFunction
-from cmlib.objectives import ConsistencyDistillation, Denoising, EndpointRegression, PairRegression, feature_distance
-from cmlib.oracle import GaussianMixture
+from cmlib.consistency import EMA, ConsistencyFunction
+from cmlib.objectives import (
+    ECT,
+    ICT,
+    SCT,
+    BootstrapRegression,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    Denoising,
+    EndpointRegression,
+    PairRegression,
+    ScoreCorrected,
+    coupled,
+    feature_distance,
+    norm,
+)
+from cmlib.oracle import Gaussian, GaussianMixture
 from cmlib.process import DDPM, EDM
+from cmlib.stable import cached_score, gamma, lower_edge, stable_denoised, stable_score, to_edge
 from cmlib.train import fit
+from tests.small import PointNet, seeded
 
 MIXTURE = GaussianMixture(torch.tensor([[1.0, 0.5], [-1.0, 1.0], [0.0, -1.2]]), 0.5, torch.tensor([5.0, 3.0, 2.0]))
 SIGMA_MIN, SIGMA_MAX = 0.01, 80.0
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-class PointNet(nn.Module):
-    """F(x, t) for points [B,2]: a small multilayer perceptron on x and on sinusoids of the time input."""
-
-    def __init__(self, width=64):
-        super().__init__()
-        self.register_buffer("frequencies", torch.arange(1, 5) * math.pi / 2)
-        self.layers = nn.Sequential(
-            nn.Linear(11, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, 2),
-        )  # fmt: skip
-
-    def forward(self, x, t):
-        u = t[:, None] / 1000
-        angles = u * self.frequencies
-        return self.layers(torch.cat([x, u, angles.sin(), angles.cos()], dim=1))
 
 
 def pairs():
@@ -76,7 +71,7 @@ def test_distillation_draws_neighbouring_levels_and_one_heun_step():
     levels = EDM().grid(18)
     objective = ConsistencyDistillation(MIXTURE, levels)
     x0 = MIXTURE.sample(500, seeded())
-    x_t, t, x_r, r = objective.pairs({"x0": x0}, seeded(1))
+    x_t, t, x_r, r = objective.pairs({"x0": x0}, 0, seeded(1))
     i = torch.searchsorted(levels, t)
     assert torch.equal(levels[i], t) and torch.equal(levels[i - 1], r) and set(i.tolist()) == set(range(1, 18))
     assert torch.equal(x_r, MIXTURE.ode_step(x_t, t, r, "heun"))
@@ -86,7 +81,7 @@ def test_distillation_draws_neighbouring_levels_and_one_heun_step():
 
 def test_distillation_takes_its_pairs_from_a_cache():
     batch = pairs()
-    x_t, t, x_r, r = ConsistencyDistillation().pairs(batch, seeded())
+    x_t, t, x_r, r = ConsistencyDistillation().pairs(batch, 0, seeded())
     assert x_t is batch["x_t"] and t is batch["t"] and x_r is batch["x_r"] and r is batch["r"]
 
 
@@ -100,7 +95,7 @@ def test_the_gradient_does_not_flow_into_the_target():
     loss.mean().backward()
     gradients = [p.grad.clone() for p in f.parameters()]
     f.zero_grad()
-    x_t, t, x_r, r = objective.pairs(batch, seeded(1))
+    x_t, t, x_r, r = objective.pairs(batch, 0, seeded(1))
     constant = f(x_r, r).detach().numpy().copy()
     (f(x_t, t) - torch.from_numpy(constant)).pow(2).mean().backward()
     torch.testing.assert_close(gradients, [p.grad for p in f.parameters()])
@@ -191,3 +186,227 @@ def test_feature_distance_compares_frozen_features():
     a, b = torch.randn(2, 5, 1, 2, 2)
     torch.testing.assert_close(distance(a, b), (features(a) - features(b)).pow(2).mean(1))
     assert not any(p.requires_grad for p in features.parameters()) and not features.training
+
+
+# ---- consistency training and its kin: pairs
+
+
+def test_both_couplings_have_the_marginals_and_only_one_shares_its_noise():
+    x0 = torch.zeros(40_000, 1)
+    t, r = torch.full((40_000,), 2.0), torch.full((40_000,), 1.5)
+    for coupling in ("shared", "chunk"):
+        x_t, x_r = coupled(x0, t, r, seeded(), coupling)
+        assert float(x_t.std()) == pytest.approx(2.0, rel=0.02) and float(x_r.std()) == pytest.approx(1.5, rel=0.02)
+        correlation = float((x_t * x_r).mean() / (x_t.std() * x_r.std()))
+        assert correlation == pytest.approx(1.0 if coupling == "shared" else 1.5 / 2.0, abs=0.02)
+    with pytest.raises(ValueError, match="shared"):
+        coupled(x0, t, r, seeded(), "fresh")
+
+
+@pytest.mark.parametrize(("objective", "count"), [(ConsistencyTraining(100), 107), (ICT(8000), 81)])
+def test_training_pairs_are_neighbours_of_the_curriculums_grid(objective, count):
+    step = 50 if count == 107 else 3500
+    x0 = MIXTURE.sample(500, seeded())
+    x_t, t, x_r, r = objective.pairs({"x0": x0}, step, seeded(1))
+    levels = EDM().grid(count)
+    i = torch.searchsorted(levels, t)
+    assert torch.equal(levels[i], t) and torch.equal(levels[i - 1], r)
+    torch.testing.assert_close((x_t - x0) / t[:, None], (x_r - x0) / r[:, None], rtol=1e-3, atol=1e-2)  # one ε
+
+
+def test_ict_weight_and_distance_by_hand():
+    """d/(t − r) with √(‖Δ‖² + c²) − c, c = 0.00054·√d of the whole vector; not a sum over pixels."""
+    x0 = torch.randn(6, 3, 4, 4, generator=seeded())
+    objective = ICT(100)
+    x_t, t, _, r = objective.pairs({"x0": x0}, 0, seeded(1))
+    loss, _ = objective(lambda x, t: x, lambda x, t: 0 * x, {"x0": x0}, 0, seeded(1))
+    c = 0.00054 * 48**0.5
+    torch.testing.assert_close(loss, ((x_t.pow(2).flatten(1).sum(1) + c**2).sqrt() - c) / (t - r))
+
+
+def test_ect_starts_as_diffusion_training_and_the_target_is_the_image_where_r_is_zero():
+    objective = ECT(800)
+    x0 = torch.randn(256, 2, generator=seeded())
+    _, t, _, r = objective.pairs({"x0": x0}, 0, seeded(1))
+    torch.testing.assert_close(r, (t * (1 - (1 + 8 * torch.sigmoid(-t)) / 2)).clamp(min=0))
+    loss, _ = objective(lambda x, t: 0 * x, lambda x, t: 1e6 + 0 * x, {"x0": x0}, 0, seeded(1))
+    terminal = r == 0
+    assert 100 < int(terminal.sum()) < 256
+    torch.testing.assert_close(loss[terminal], (x0.norm(dim=1) / t)[terminal], rtol=1e-3, atol=1e-3)
+    assert [objective.stage(k) for k in (0, 99, 100, 799, 800)] == [0, 0, 1, 7, 7]
+
+
+def test_ect_gradient_is_finite_at_zero_difference():
+    x = torch.zeros(3, 2, requires_grad=True)
+    norm(x, torch.zeros(3, 2)).sum().backward()
+    assert bool(x.grad.isfinite().all())
+
+
+# ---- the stable target
+
+
+def test_stable_target_is_the_denoiser_of_the_reference():
+    """Against the mixture oracle with the references as narrow components: E[x0 | x_t] in closed form."""
+    reference = torch.randn(50, 2, generator=seeded())
+    oracle = GaussianMixture(reference.double(), 1e-6)
+    t = torch.tensor([0.05, 0.3, 1.0, 5.0, 80.0])
+    x = reference[:5] + t[:, None] * torch.randn(5, 2, generator=seeded(1))
+    torch.testing.assert_close(
+        stable_denoised(x, t, reference), oracle.denoise(x.double(), t.double()).float(), rtol=1e-3, atol=1e-4
+    )
+    torch.testing.assert_close(
+        stable_score(reference)(x, t), oracle.score(x.double(), t.double()).float(), rtol=1e-2, atol=1e-3
+    )
+
+
+STATES = 40
+
+
+def target_variance(make, t, draws=60):
+    """E‖x̂_r − E[x̂_r | x_t]‖² of an estimated step to r = 0.8·t from fixed x_t, over what else is random."""
+    x0 = MIXTURE.sample(STATES, seeded())
+    x_t = x0 + t * torch.randn(STATES, 2, generator=seeded(1))
+    return float(torch.stack([make(x_t, k) for k in range(draws)]).var(0).sum(1).mean())
+
+
+def posterior_samples(x_t, t, seed, pool=MIXTURE.sample(20_000, seeded(5))):  # noqa: B008
+    """x0 ~ p(x0 | x_t), by self-normalised importance sampling from a large pool."""
+    w = (-torch.cdist(x_t, pool).pow(2) / (2 * t**2)).softmax(1)
+    return pool[torch.multinomial(w, 1, generator=seeded(seed))[:, 0]]
+
+
+def test_more_references_vary_less_and_one_is_consistency_training():
+    """The variance of the target falls with the reference's size 1, 16, 256; the whole set leaves none (Xu et al. 2023)."""
+    t, r = 1.5, 1.2
+    level = torch.full((STATES,), t)
+
+    def target(size):
+        def make(x_t, k):
+            own = posterior_samples(x_t, t, k)
+            others = MIXTURE.sample(STATES * size, seeded(10_000 + k)).view(STATES, size, 2)
+            rows = [
+                stable_denoised(x[None], level[:1], torch.cat([o[None], other[1:]]))
+                for x, o, other in zip(x_t, own, others, strict=True)
+            ]
+            return x_t + (r - t) / t * (x_t - torch.cat(rows))
+
+        return target_variance(make, t)
+
+    variance = {size: target(size) for size in (1, 16, 256)}
+    everything = MIXTURE.sample(5000, seeded(3))
+    whole = target_variance(lambda x_t, k: x_t + (r - t) / t * (x_t - stable_denoised(x_t, level, everything)), t, 3)
+    print("variance of the target:", variance, "whole:", whole)
+    assert variance[1] > 2 * variance[16] > 8 * variance[256] and whole < 1e-9
+
+    def shared(x_t, k):  # CT: x_r = x0 + r·ε with ε = (x_t − x0)/t
+        x0 = posterior_samples(x_t, t, k)
+        return x0 + r * (x_t - x0) / t
+
+    def chunk(x_t, k):  # the brief's: x_r | x_t, x0 of independent increments
+        x0 = posterior_samples(x_t, t, k)
+        mean, std = x0 + (r / t) ** 2 * (x_t - x0), r * (1 - (r / t) ** 2) ** 0.5
+        return mean + std * torch.randn(STATES, 2, generator=seeded(k))
+
+    one, fresh = target_variance(shared, t), target_variance(chunk, t)
+    print("shared:", one, "chunk:", fresh)
+    assert one == pytest.approx(variance[1], rel=0.05) and fresh > 3 * one
+
+
+def test_sct_with_every_ingredient_off_is_ect():
+    x0 = torch.randn(64, 1, 4, 4, generator=seeded())
+    f = ConsistencyFunction(nn.Conv2d(1, 1, 3, padding=1), 0.0)
+    f.net.forward = lambda x, t, conv=f.net.forward: conv(x)
+    off = SCT(100, reference=None, smooth=False)
+    for step in (0, 40, 99):
+        a, b = (o(f, f, {"x0": x0}, step, seeded(1))[0] for o in (off, ECT(100)))
+        torch.testing.assert_close(a, b)
+
+
+def test_each_ingredient_of_sct_alone():
+    x0 = torch.randn(64, 2, generator=seeded())
+    off = {"reference": None, "smooth": False, "edges": ()}
+    plain = SCT(100, **off).pairs({"x0": x0}, 55, seeded(1))
+    x_t, t, x_r, r = SCT(100, **off | {"reference": "batch"}).pairs({"x0": x0}, 55, seeded(1))
+    assert torch.equal(x_t, plain[0]) and torch.equal(r, plain[3])
+    torch.testing.assert_close(x_r, x_t + ((r - t) / t)[:, None] * (x_t - stable_denoised(x_t, t, x0)))
+    whole = SCT(100, **off | {"reference": x0[:1]}).pairs({"x0": x0}, 55, seeded(1))[2]
+    torch.testing.assert_close(whole, x_t + ((r - t) / t)[:, None] * (x_t - x0[:1]))
+    smooth = SCT(100, **off | {"smooth": True})
+    assert smooth.stage(55) == pytest.approx(4.4) and SCT(100, **off).stage(55) == 4
+    x_t, t, x_r, r = SCT(100, **off | {"edges": (0.5, 2.0)}).pairs({"x0": x0}, 55, seeded(1))
+    edge = lower_edge(t, (0.5, 2.0))
+    assert set(edge.tolist()) == {0.0, 0.5, 2.0} and bool((edge < t).all()) and bool((r >= edge).all())
+
+
+def test_a_phased_target_is_reached_at_its_own_edge():
+    """to_edge leaves (x, s) where it is; with the exact denoiser's line it is the DDIM step to the edge."""
+    x, x0_hat = torch.randn(2, 4, 2, generator=seeded())
+    t, s = torch.tensor([0.5, 2.0, 2.0, 0.3]), torch.tensor([0.5, 0.5, 2.0, 0.0])
+    out = to_edge(x, t, s, x0_hat)
+    torch.testing.assert_close(out[[0, 2]], x[[0, 2]])
+    torch.testing.assert_close(out[3], x0_hat[3])
+    torch.testing.assert_close(out[1], x0_hat[1] + 0.25 * (x[1] - x0_hat[1]))
+    sct, x0 = SCT(100, edges=(0.5,)), torch.randn(256, 2, generator=seeded())
+    _, _, _, r = sct.pairs({"x0": x0}, 0, seeded(1))
+    loss, _ = sct(lambda x, t: x, lambda x, t: 1e6 + x, {"x0": x0}, 0, seeded(1))
+    at_edge = (r == 0.5) | (r == 0)  # where the target is x_r, whatever f⁻ says
+    assert 50 < int(at_edge.sum()) < 256 and loss[at_edge].max() < 1e3 < 1e4 < loss[~at_edge].min()
+
+
+# ---- the brief's variants
+
+
+def test_score_correction_by_hand_and_from_every_source():
+    batch = {"x0": MIXTURE.sample(32, seeded())}
+    base = ConsistencyDistillation(MIXTURE, torch.tensor([0.3, 0.5, 1.0, 3.0]))
+    x_t, t, _, r = base.pairs(batch, 0, seeded(1))
+    half = (lambda x, t: 0.5 * x), (lambda x, t: x)
+    plain, _ = base(*half, batch, 0, seeded(1))
+    loss, logs = ScoreCorrected(base, MIXTURE.score, strength=2.0, sigma_data=1.0)(*half, batch, 0, seeded(1))
+    s = (1 + t**2).sqrt()
+    expected = 2 / s**2 * (x_t + (s * (s - 1))[:, None] * MIXTURE.score(x_t, t) - 0.5 * x_t).pow(2).mean(1)
+    torch.testing.assert_close(loss - plain, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logs["correction"], expected, rtol=1e-3, atol=1e-4)
+    cached = {"x_t": x_t, "t": t, "r": r, "x_r": MIXTURE.ode_step(x_t, t, r, "ddim")}
+    torch.testing.assert_close(cached_score(cached), MIXTURE.score(x_t, t), rtol=1e-3, atol=1e-4)
+    _, from_cache = ScoreCorrected(ConsistencyDistillation())(*half, cached, 0, seeded())
+    _, from_oracle = ScoreCorrected(ConsistencyDistillation(), MIXTURE.score)(*half, cached, 0, seeded())
+    torch.testing.assert_close(from_cache["correction"], from_oracle["correction"], rtol=1e-3, atol=1e-4)
+
+
+def test_gamma_makes_the_score_identity_exact_for_a_gaussian():
+    data = Gaussian(torch.tensor([0.3, -0.7]), 0.5)
+    t = torch.tensor([0.01, 0.1, 0.5, 2.0, 80.0])
+    x = torch.randn(5, 2, generator=seeded()) * (1 + t[:, None])
+    torch.testing.assert_close(x + gamma(t, 0.5)[:, None] * data.score(x, t), data.consistency(x, t), rtol=1e-3, atol=1e-4)
+
+
+def test_the_consistency_function_moves_half_as_far_as_tweedie_near_zero():
+    """f − x = (t²/2)·score + O(t⁴) whatever the data, D − x = t²·score; and the other sign leads away from both."""
+    x0 = MIXTURE.sample(500, seeded())
+    t = torch.full((500,), 0.05)
+    x = x0 + 0.05 * torch.randn(500, 2, generator=seeded(1))
+    score, moved = MIXTURE.score(x, t), MIXTURE.consistency(x, t) - x
+    along = float((moved * score).sum() / score.pow(2).sum()) / 0.05**2
+    assert along == pytest.approx(0.5, abs=0.01)
+    assert float((moved - 0.05**2 / 2 * score).norm() / moved.norm()) < 0.02
+    assert float((MIXTURE.denoise(x, t) - x - 0.05**2 * score).norm()) < 1e-5
+
+
+def test_bootstrap_regression_is_two_steps_apart_and_renews_its_target():
+    chain = DDPM.linear()
+    objective = BootstrapRegression(chain, reset=3)
+    x0 = torch.randn(500, 2, generator=seeded())
+    _, t, _, r = objective.pairs({"x0": x0}, 0, seeded(1))
+    n = chain.index(t).round().long()
+    torch.testing.assert_close(r, chain.sigma((n - 2).clamp(min=-1)))
+    assert [objective.mu(k) for k in range(6)] == [1, 1, 0, 1, 1, 0]
+    f = ConsistencyFunction(PointNet(), SIGMA_MIN, SIGMA_MAX)
+    start = [p.detach().clone() for p in f.parameters()]
+    target = EMA(f, objective.mu)
+    for step in range(3):
+        with torch.no_grad():
+            [p.add_(1) for p in f.parameters()]
+        target.update(f, step)
+        moved = [float((a - b).abs().max()) for a, b in zip(target.model.parameters(), start, strict=True)]
+        assert max(moved) == (0 if step < 2 else pytest.approx(3, abs=1e-5))

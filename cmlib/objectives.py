@@ -33,7 +33,7 @@ from torch import Generator, Tensor, nn
 from cmlib.continuous import SCM as SCM
 from cmlib.continuous import MeanFlow as MeanFlow
 from cmlib.curricula import ct_levels, ct_mu, ect_r, ict_levels, lognormal, lognormal_bins
-from cmlib.ops import Distance, Losses, Network, expand_like, huber_c, mse, pseudo_huber, randn_like, rng_state, set_rng_state
+from cmlib.ops import Distance, Losses, Network, expand_like, ict_huber, mse, norm, randn_like, rng_state, set_rng_state
 from cmlib.process import DDPM, EDM
 from cmlib.stable import cached_score, gamma, lower_edge, stable_denoised, to_edge
 from cmlib.teacher import Teacher
@@ -177,29 +177,29 @@ def coupled(x0: Tensor, t: Tensor, r: Tensor, generator: Generator, coupling: st
 
 @dataclass(frozen=True)
 class ConsistencyTraining(Bootstrapped):
-    """d(f(x0 + t·ε, t), sg f⁻(x0 + r·ε, r)), t and r neighbours of N(k) Karras levels, target EMA μ(k) (CM Alg. 3, eq. 10)."""
+    """d(f(x0 + t·ε, t), sg f⁻(x0 + r·ε, r)), t and r neighbours of N(k) Karras levels, target EMA μ(k) (CM Alg. 3, eq. 10).
+
+    N grows from `s0` to `s1` + 1; a short run wants a smaller s1, as its target lags by 1/(1 − μ(k)) ≈ 5·N(k) steps.
+    """
 
     steps: int
+    s0: int = 2
+    s1: int = 150
     process: EDM = KARRAS
     distance: Distance = mse
     coupling: str = "shared"
 
     def mu(self, step: int) -> float:
         """μ(k)"""
-        return ct_mu(step, self.steps)
+        return ct_mu(step, self.steps, self.s0, self.s1)
 
     def pairs(self, batch: dict, step: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """i uniform among the N(k) − 1 neighbours."""
         x0 = batch["x0"]
-        levels = self.process.grid(ct_levels(step, self.steps)).to(x0.device)
+        levels = self.process.grid(ct_levels(step, self.steps, self.s0, self.s1)).to(x0.device)
         i = torch.randint(len(levels) - 1, (len(x0),), generator=generator).to(x0.device)
         x_t, x_r = coupled(x0, levels[i + 1], levels[i], generator, self.coupling)
         return x_t, levels[i + 1], x_r, levels[i]
-
-
-def whole_huber(a: Tensor, b: Tensor) -> Tensor:
-    """Pseudo-Huber with iCT's c = 0.00054·√d (iCT sec. 3.3)."""
-    return pseudo_huber(a, b, huber_c(a))
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class ICT(InverseGap):
 
     steps: int
     process: EDM = KARRAS
-    distance: Distance = whole_huber
+    distance: Distance = ict_huber
     mu: float = 0.0
 
     def pairs(self, batch: dict, step: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -219,11 +219,6 @@ class ICT(InverseGap):
         t, r = levels[i + 1].to(x0.device), levels[i].to(x0.device)
         x_t, x_r = coupled(x0, t, r, generator)
         return x_t, t, x_r, r
-
-
-def norm(a: Tensor, b: Tensor) -> Tensor:
-    """‖a − b‖ of each sample; the 1e-8 under the root keeps its slope finite at 0."""
-    return pseudo_huber(a, b, 1e-4)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 
@@ -29,9 +30,14 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return ((a - b).pow(2).flatten(1).sum(1) + c**2).sqrt() - c
 
 
-def huber_c(x: Tensor) -> float:
-    """iCT's c = 0.00054·√d for samples of d elements (iCT sec. 3.3)."""
-    return 0.00054 * float(np.sqrt(x[0].numel()))
+def ict_huber(a: Tensor, b: Tensor) -> Tensor:
+    """Pseudo-Huber with c = 0.00054·√d for samples of d elements (iCT sec. 3.3)."""
+    return pseudo_huber(a, b, 0.00054 * math.sqrt(a[0].numel()))
+
+
+def norm(a: Tensor, b: Tensor) -> Tensor:
+    """‖a − b‖ of each sample, as a pseudo-Huber whose c = 10⁻⁴ keeps the slope finite at 0."""
+    return pseudo_huber(a, b, 1e-4)
 
 
 def randn_like(x: Tensor, generator: Generator) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cmlib.ops import (
     expand_like,
-    huber_c,
+    ict_huber,
     indexed_integers,
     indexed_normal,
     mse,
@@ -45,8 +45,9 @@ def test_pseudo_huber_lies_between_its_two_limits(c, d):
     assert (loss <= norm + 1e-9).all() and (loss >= norm - c - 1e-9).all() and (loss <= norm**2 / (2 * c) + 1e-9).all()
 
 
-def test_huber_c_follows_the_dimension():
-    assert huber_c(torch.zeros(7, 3, 32, 32)) == 0.00054 * 3072**0.5
+def test_ict_huber_grows_its_c_with_the_dimension():
+    a, c = torch.randn(2, 3, 32, 32), 0.00054 * 3072**0.5
+    torch.testing.assert_close(ict_huber(a, 0 * a), pseudo_huber(a, 0 * a, c))
 
 
 @settings(max_examples=10, deadline=None)

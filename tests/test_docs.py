@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+from cmlib.files import sha256
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -17,7 +19,8 @@ def test_readme_shows_the_committed_results():
 def test_shipped_weights_have_their_provenance():
     data = ROOT / "data"
     for weights in data.glob("*.safetensors"):
-        assert json.loads(weights.with_suffix(".json").read_text())["licence"] == "Apache-2.0"
+        told = json.loads(weights.with_suffix(".json").read_text())
+        assert told["licence"] == "Apache-2.0" and told.get("sha256", sha256(weights)) == sha256(weights)
     from cmlib.pipeline import load_teacher
 
     told = json.loads((data / "digits_teacher" / "provenance.json").read_text())

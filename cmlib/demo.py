@@ -81,7 +81,10 @@ def run(profile: Profile, out: Path, seed: int = 0, full: bool = False, from_not
     clock.lap("students")
 
     features = Features.of(profile.dataset, out, images, labels, (held_out, held_out_labels))
-    metrics, sets = compare(profile, teacher, regression, student, features, held_out, seed, full)
+    sets = draw_sets(profile, teacher, regression, student, images, held_out, seed, full)
+    metrics = {"protocol.n": min(profile.samples, len(images)), "protocol.teacher": teacher.hash(), **features.protocol}
+    for key, drawn in sets.items():
+        metrics |= features.compare(key, drawn)
     batch = next(fresh.loader(len(fresh)))
     error = evaluate.pair_error(regression, batch)
     metrics |= {"mse.regression": error["model"], "mse.regression_skill": error["skill"], "mse.identity": error["identity"]}
@@ -98,19 +101,21 @@ def run(profile: Profile, out: Path, seed: int = 0, full: bool = False, from_not
     return metrics
 
 
-def compare(
+def draw_sets(
     profile: Profile,
     teacher: Teacher,
     regression: PlainFunction,
     student: ConsistencyFunction,
-    features: Features,
+    images: Tensor,
     held_out: Tensor,
     seed: int,
     full: bool,
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Distances of every generator, and of its baselines, to the training images, at equal N; and the images drawn."""
-    n, shape = min(profile.samples, len(features.reference)), student.image_shape
-    sets = {"real": held_out, f"teacher_ddim{WALK_STEPS}": draw_teacher(teacher, n, WALK_STEPS, "ddim", shape, seed)}
+) -> dict[str, Tensor]:
+    """uint8 images of every generator and of its baselines, n each; `resampled` is what a perfect one would score by chance."""
+    n, shape = min(profile.samples, len(images)), student.image_shape
+    again = torch.randint(len(images), (n,), generator=torch.Generator().manual_seed(seed))
+    sets = {"real": held_out, "resampled": images[again]}
+    sets[f"teacher_ddim{WALK_STEPS}"] = draw_teacher(teacher, n, WALK_STEPS, "ddim", shape, seed)
     if full:
         sets["teacher_ddim200"] = draw_teacher(teacher, n, 200, "ddim", shape, seed)
         sets["teacher_ddpm1000"] = draw_teacher(teacher, n, 1000, "ancestral", shape, seed)
@@ -121,10 +126,7 @@ def compare(
     if longer.exists():
         trained_longer = ConsistencyFunction.load(longer)
         sets |= {f"shipped_student_{k}": draw(trained_longer, n, k, shape, seed) for k in (1, 2)}
-    metrics = {"protocol.n": n, "protocol.teacher": teacher.hash(), **features.protocol}
-    for key, fakes in sets.items():
-        metrics |= features.compare(key, fakes)
-    return metrics, sets
+    return sets
 
 
 @torch.no_grad()
@@ -191,7 +193,7 @@ def draw_figures(
     names = {k: k.replace("_", ", ").replace("ddim", "DDIM-").replace("ddpm", "DDPM-") for k in sets}
     name, n_real = f"fd_{profile.dataset}", metrics["protocol.n_real"]
     fd = {names[k]: metrics.get(f"{name}.{k}_at_n_real", metrics[f"{name}.{k}"]) for k in sets}
-    panels = {names[k]: data.to_float(v) for k, v in sets.items()}
+    panels = {names[k]: data.to_float(v) for k, v in sets.items() if k != "resampled"}
     return {
         "samples": (plots.samples(panels), "Samples of the real data, the teacher, the baselines and the students."),
         "jump": (plots.jump(sigmas, rows), "One image at five noise levels: noisy, one jump, the teacher's walk, regression."),

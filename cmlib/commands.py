@@ -18,11 +18,11 @@ from cmlib import data, evaluate, pipeline, plots, report
 from cmlib import demo as demo_run
 from cmlib import export as exporting
 from cmlib.cache import PairCache
-from cmlib.consistency import ConsistencyFunction, PlainFunction
+from cmlib.consistency import ConsistencyFunction
 from cmlib.ops import indexed_normal
 from cmlib.process import DDPM
 from cmlib.profiles import Profile, select, small_unet
-from cmlib.teacher import Teacher, warm_start
+from cmlib.teacher import Teacher
 from cmlib.unet import UNet
 
 Metrics = dict[str, Any]
@@ -184,8 +184,7 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
     else:
         steps = cache.key.get("steps", profile.rollout_steps) if cache else profile.rollout_steps
         sigma_max = float(teacher.process.sigma(teacher.process.grid(steps)[-1:]))
-        student = warm_start(teacher, sigma_max)
-        student = PlainFunction(student.net) if plain else student
+        student = pipeline.first_student(args.objective, teacher, sigma_max)
     pairs: dict[str, Any] = {"cache": cache, "teacher": teacher, "images": images}
     trained, history = pipeline.distill(
         args.objective, student, profile, args.out / "training", args.seed, args.updates, args.resume, **pairs

@@ -113,7 +113,8 @@ class ConsistencyFunction(nn.Module):
         try:
             if path.suffix == ".pt":
                 saved = torch.load(path, map_location="cpu", weights_only=True)
-                config, weights = saved["config"], {k.removeprefix("net."): v for k, v in saved["ema"].items()}
+                config = saved["config"]
+                weights = {k.removeprefix("net."): v for k, v in saved["ema"].items() if k.startswith("net.")}
             else:
                 with safe_open(path, framework="pt") as file:
                     config = json.loads((file.metadata() or {})["consistency_function"])

@@ -31,7 +31,7 @@ def lognormal_bins(levels: Tensor, mean: float = -1.1, std: float = 2.0) -> Tens
 
 
 def lognormal(n: int, generator: Generator, mean: float = -1.1, std: float = 2.0) -> Tensor:
-    """n noise levels with ln t ~ N(mean, std²) (EDM table 1)."""
+    """n noise levels with ln t ~ N(mean, std²) (iCT sec. 3.5)."""
     return (mean + std * torch.randn(n, generator=generator)).exp()
 
 

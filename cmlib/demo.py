@@ -14,10 +14,20 @@ from cmlib import data, evaluate, plots, report
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction, PlainFunction
 from cmlib.ops import expand_like, indexed_normal, seed_everything
-from cmlib.pipeline import SAMPLING_SEED, Features, distill, draw, draw_teacher, load_teacher, shipped, train_teacher
+from cmlib.pipeline import (
+    SAMPLING_SEED,
+    Features,
+    distill,
+    draw,
+    draw_teacher,
+    first_student,
+    load_teacher,
+    shipped,
+    train_teacher,
+)
 from cmlib.process import DDPM, EDM
 from cmlib.profiles import Profile, small_unet
-from cmlib.teacher import Teacher, warm_start
+from cmlib.teacher import Teacher
 from cmlib.unet import UNet
 
 JUMP_SIGMAS = (0.3, 1.0, 3.0, 10.0, 80.0)
@@ -73,8 +83,8 @@ def run(profile: Profile, out: Path, seed: int = 0, full: bool = False, from_not
         clock.laps[f"seconds.{objective}"] = history[-1]["seconds"]
         return student
 
-    regression = train("pair-regression", PlainFunction(warm_start(teacher, sigma_max).net), cache=cache)
-    endpoint = train("endpoint-regression", warm_start(teacher, sigma_max), cache=cache)
+    regression = train("pair-regression", first_student("pair-regression", teacher, sigma_max), cache=cache)
+    endpoint = train("endpoint-regression", first_student("endpoint-regression", teacher, sigma_max), cache=cache)
     student = train("consistency-distillation", endpoint, teacher=teacher, images=images)
     student.save(out / "student.pt")
     student.save(out / "student.safetensors")
@@ -111,7 +121,7 @@ def draw_sets(
     seed: int,
     full: bool,
 ) -> dict[str, Tensor]:
-    """uint8 images of every generator and of its baselines, n each; `resampled` is what a perfect one would score by chance."""
+    """uint8 images of every generator and of its baselines, n each; `resampled` is what a memoriser of the data would score."""
     n, shape = min(profile.samples, len(images)), student.image_shape
     again = torch.randint(len(images), (n,), generator=torch.Generator().manual_seed(seed))
     sets = {"real": held_out, "resampled": images[again]}

@@ -16,8 +16,9 @@
 `cmlib.continuous`.
 
 An objective is called as `objective(f, target, batch, step, generator)` and returns the loss of each sample [B] and a
-dict of per-sample logs that has the noise level `t`. It holds no state; `mu` is the decay of the target network that
-`train.fit` keeps for it (a number, or a function of the step), 0 meaning the stop-gradient of the live weights.
+dict of per-sample logs that has the noise level `t` (`Denoising`: the index). It holds no state; `mu` is the decay of the
+target network that `train.fit` keeps for it (a number, or a function of the step), 0 meaning the stop-gradient of the live
+weights.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def both_branches(f: Network, target: Network, x_t: Tensor, t: Tensor, x_r: Tens
     with torch.no_grad():
         goal = torch.where(expand_like(r > 0, x_r), target(x_r, r), x_r)
     set_rng_state(state, x_t.device)
+    torch.clear_autocast_cache()  # it may hold weights cast without their gradient
     return f(x_t, t), goal
 
 
@@ -127,7 +129,7 @@ class Bootstrapped(ABC):
 
 class InverseGap(Bootstrapped):
     def weight(self, t: Tensor, r: Tensor) -> Tensor:
-        """1/(t − r), so that closer pairs, whose error is smaller, count as much (iCT sec. 3.5)."""
+        """1/(t − r), so that closer pairs, whose error is smaller, count as much (iCT sec. 3.1)."""
         return 1 / (t - r)
 
 
@@ -235,6 +237,10 @@ class ECT(InverseGap):
     distance: Distance = norm
     mu: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.q**-self.stages < 1e-6:
+            raise ValueError(f"q = {self.q} and {self.stages} stages bring r to t within float32's rounding; lower one of them")
+
     def stage(self, step: int) -> float:
         """a = ⌊k·stages/K⌋"""
         return min(step * self.stages // self.steps, self.stages - 1)
@@ -257,8 +263,9 @@ class SCT(ECT):
     """ECT with x_r = x_t + (r − t)·(x_t − x̂0)/t, x̂0 the stable target over a reference batch (SCT).
 
     Each ingredient switches off alone, and with all off this is ECT: `reference` is "batch" (the training batch, which
-    holds the source image), a tensor of images (the whole data set), or None; `smooth` closes the gap a little every step
-    instead of by stages; `edges` are ascending noise levels that cut the path into segments, r never below its own.
+    holds the source image), a tensor of images in [−1, 1] (the whole set), or None; `smooth` closes the gap a little every step
+    instead of by stages; `edges` are ascending noise levels that cut the path into segments, r never below its own. f(x, t)
+    is then where a straight line to the segment's lower edge s aims: sample it segment by segment with `stable.to_edge`.
     """
 
     reference: str | Tensor | None = "batch"
@@ -279,7 +286,7 @@ class SCT(ECT):
         x_t, t, x_r, r = super().pairs(batch, step, generator)
         if self.reference is None:
             return x_t, t, x_r, r
-        images = batch["x0"] if isinstance(self.reference, str) else self.reference.to(x_t.device)
+        images = batch["x0"] if isinstance(self.reference, str) else self.reference
         step_to_r = expand_like((r - t) / t, x_t) * (x_t - stable_denoised(x_t, t, images))
         return x_t, t, x_t + step_to_r, r
 

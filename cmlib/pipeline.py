@@ -17,11 +17,11 @@ from cmlib import data, evaluate, plots
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction, PlainFunction, sample
 from cmlib.files import sha256
-from cmlib.objectives import ConsistencyDistillation, Denoising, Distance, EndpointRegression, PairRegression
-from cmlib.ops import device_of, indexed_normal, pseudo_huber
-from cmlib.process import DDPM
+from cmlib.objectives import ECT, ICT, SCM, SCT, ConsistencyDistillation, Denoising, EndpointRegression, PairRegression
+from cmlib.ops import Distance, device_of, indexed_normal, pseudo_huber
+from cmlib.process import DDPM, EDM
 from cmlib.profiles import Profile
-from cmlib.teacher import Teacher
+from cmlib.teacher import Teacher, warm_start
 from cmlib.train import fit, plateaued
 from cmlib.unet import UNet
 
@@ -186,10 +186,56 @@ def train_teacher(
 
 PLAIN_SIGMA = 100.0  # where one evaluation of a PlainFunction starts: noise alone
 LEVELS = 18  # of consistency distillation
-OBJECTIVES = ("pair-regression", "endpoint-regression", "consistency-distillation")
+WHOLE_REFERENCE = 5_000  # up to so many images, SCT's reference is the whole data set
+OBJECTIVES = ("pair-regression", "endpoint-regression", "consistency-distillation", "ict", "ect", "sct", "scm", "scd")
+TUNING = ("ect", "sct", "scm", "scd")  # whose f(x, 0) = x has its boundary at 0
 
 
 Student = TypeVar("Student", ConsistencyFunction, PlainFunction)
+
+
+def first_student(objective: str, teacher: Teacher, sigma_max: float) -> Any:
+    """What training by `objective` starts from: the teacher's weights behind the boundary that its paper has."""
+    f = warm_start(teacher, sigma_max)
+    if objective == "pair-regression":
+        return PlainFunction(f.net)
+    return ConsistencyFunction(f.net, 0.0, sigma_max, f.sigma_data) if objective in TUNING else f
+
+
+def recipe(
+    objective: str,
+    profile: Profile,
+    updates: int | None,
+    student: Any,
+    shape: tuple[int, ...],
+    teacher: Teacher | None = None,
+    images: Tensor | None = None,
+) -> tuple[Any, dict[str, Any]]:
+    """The objective called `objective`, and the settings of `fit` that go with it: the papers' optimiser, our step sizes."""
+    huber: Distance = partial(pseudo_huber, c=0.03 * math.prod(shape) ** 0.5)
+    steps = updates or profile.distill_updates
+    tuning: dict[str, Any] = {"steps": steps, "lr": 6e-4, "optimizer": "radam", "warmup": steps // 20}
+    if objective == "pair-regression":
+        return PairRegression(), {"steps": updates or profile.regression_updates, "lr": 2e-4}
+    if objective == "endpoint-regression":
+        return EndpointRegression(huber), {"steps": updates or profile.endpoint_updates, "lr": 1e-3, "warmup": 20}
+    if objective == "consistency-distillation":
+        levels = None
+        if teacher is not None and images is not None:
+            last = teacher.process.index(torch.tensor(student.sigma_max))
+            levels = teacher.process.sigma(torch.linspace(0, float(last), LEVELS))
+        chosen = ConsistencyDistillation(teacher if images is not None else None, levels, distance=huber, mu=0.9)
+        return chosen, {"steps": steps, "lr": 3e-4, "optimizer": "radam"}
+    if objective == "sct" and images is not None:
+        whole = len(images) <= WHOLE_REFERENCE
+        return SCT(steps, reference=data.to_float(images).to(device_of(student)) if whole else "batch"), tuning
+    if objective in ("scm", "scd"):
+        return SCM(teacher if objective == "scd" else None, warmup=steps // 5), tuning
+    if objective == "ict":
+        return ICT(steps, EDM(student.sigma_min, student.sigma_max)), tuning
+    if objective == "ect":
+        return ECT(steps), tuning
+    raise ValueError(f"no objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
 
 
 def distill(
@@ -204,39 +250,30 @@ def distill(
     teacher: Teacher | None = None,
     images: Tensor | None = None,
 ) -> tuple[Student, list[dict[str, float]]]:
-    """Train `student` on the cache by one of OBJECTIVES; consistency distillation with a `teacher` and uint8 `images`
-    makes its pairs on the fly, by Heun steps between LEVELS levels evenly spaced in the chain's index."""
+    """Train `student` by one of OBJECTIVES on a pair cache, or on uint8 `images`; consistency distillation takes either,
+    and with images makes its pairs on the fly, by Heun steps of `teacher` between LEVELS levels evenly spaced in the
+    chain's index."""
 
     unet = cast(UNet, student.net).config
     shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
-    huber: Distance = partial(pseudo_huber, c=0.03 * math.prod(shape) ** 0.5)
-    if objective == "pair-regression":
-        chosen: Any = PairRegression()
-        settings: dict[str, Any] = {"steps": updates or profile.regression_updates, "lr": 2e-4}
-    elif objective == "endpoint-regression":
-        chosen = EndpointRegression(huber)
-        settings = {"steps": updates or profile.endpoint_updates, "lr": 1e-3, "warmup": 20}
-    elif objective == "consistency-distillation":
-        chosen = ConsistencyDistillation(distance=huber, mu=0.9)
-        settings = {"steps": updates or profile.distill_updates, "lr": 3e-4, "optimizer": "radam"}
-    else:
-        raise ValueError(f"no objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
     if cache is not None:
+        images = None
         batches: Any = partial(cache.loader, profile.batch_size, seed)
-        if objective == "consistency-distillation" and cache.key["solver"] not in ("ddim", "heun"):
-            raise ValueError(f"consistency distillation needs ODE steps; this cache's solver is {cache.key['solver']}")
-        settings["provenance"] = {"cache": cache.key}
+        provenance: dict[str, Any] = {"cache": cache.key}
     elif teacher is not None and images is not None and isinstance(student, ConsistencyFunction):
-        last = teacher.process.index(torch.tensor(student.sigma_max))
-        levels = teacher.process.sigma(torch.linspace(0, float(last), LEVELS))
-        chosen = replace(chosen, teacher=teacher, levels=levels)
         batches = partial(data.batches, images, profile.batch_size, seed)
-        settings["provenance"] = {"teacher": teacher.hash(), "images": data.fingerprint(images)}
+        provenance = {"teacher": teacher.hash(), "images": data.fingerprint(images)}
     else:
         raise ValueError(f"{objective} needs a pair cache; build one with `cmlib cache build`")
+    cached = objective in OBJECTIVES[:3]
+    if cache is not None and not cached:
+        raise ValueError(f"{objective} trains on images, not on a pair cache; leave --cache out")
+    if cache is not None and objective == "consistency-distillation" and cache.key["solver"] not in ("ddim", "heun"):
+        raise ValueError(f"consistency distillation needs ODE steps; this cache's solver is {cache.key['solver']}")
     if objective == "endpoint-regression" and (cache is None or cache.key["source"] != "rollout"):
         raise ValueError("endpoint-regression needs a cache of source rollout, which keeps where each path ends")
-    settings["provenance"] |= {"batch_size": profile.batch_size}
+    chosen, settings = recipe(objective, profile, updates, student, shape, teacher, images)
+    settings["provenance"] = {**provenance, "batch_size": profile.batch_size}
 
     def on_every(step: int, average: Any) -> dict[str, float]:
         grid = data.to_float(draw(average, 48, 1, shape, seed))
@@ -270,7 +307,7 @@ def draw_teacher(
 ) -> Tensor:
     """n uint8 images from the teacher, from the same noise as `draw`."""
     parts = []
-    for index in tqdm(torch.arange(n).split(batch), desc=f"{n} images, {steps} {solver} steps", leave=False):
+    for index in tqdm(torch.arange(n).split(batch), desc=f"{n} images, {steps} {solver} steps", leave=False, disable=None):
         noise = indexed_normal(SAMPLING_SEED + seed, index, shape)
         fresh = partial(_step_noise, SAMPLING_SEED + seed, index, shape) if solver == "ancestral" else None
         parts.append(data.to_uint8(teacher.sample(noise, steps, solver, draw=fresh)).cpu())

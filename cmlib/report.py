@@ -13,7 +13,7 @@ from cmlib.profiles import Profile
 # key -> (what it is, network evaluations an image)
 ROWS = {
     "real": ("real images, held out", ""),
-    "resampled": ("training images drawn again: a perfect sampler", ""),
+    "resampled": ("training images drawn again: a memoriser", ""),
     "teacher_ddim50": ("teacher, DDIM-50", "50"),
     "teacher_ddim200": ("teacher, DDIM-200", "200"),
     "teacher_ddpm1000": ("teacher, DDPM-1000", "1000"),

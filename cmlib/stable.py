@@ -14,15 +14,18 @@ def stable_denoised(x_t: Tensor, t: Tensor, reference: Tensor) -> Tensor:
     """x̂0 = Σ_i w_i·x_i, w = softmax_i(−‖x_t − x_i‖²/2t²): E[x0 | x_t] if the data were `reference` [M,…] alone.
 
     The stable target field (Xu et al. 2023) as SCT uses it. With x_t's own source among the references, more of them
-    bring it closer to the true denoiser and let it vary less.
+    bring it closer to the true denoiser and let it vary less. In full precision whatever the autocast, since what is
+    made of it is divided by t.
     """
-    away = torch.cdist(x_t.flatten(1), reference.flatten(1)).pow(2)
-    return ((-away / (2 * t[:, None] ** 2)).softmax(1) @ reference.flatten(1)).view_as(x_t)
+    with torch.autocast(x_t.device.type, enabled=False):
+        points = reference.to(x_t).flatten(1)
+        away = torch.cdist(x_t.flatten(1), points).pow(2)
+        return ((-away / (2 * t[:, None] ** 2)).softmax(1) @ points).view_as(x_t)
 
 
 def stable_score(reference: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """(x, t) -> (x̂0 − x)/t², the score of the noised empirical distribution of `reference` (Tweedie)."""
-    return lambda x, t: (stable_denoised(x, t, reference.to(x.device)) - x) / expand_like(t, x) ** 2
+    return lambda x, t: (stable_denoised(x, t, reference) - x) / expand_like(t, x) ** 2
 
 
 def cached_score(batch: dict[str, Tensor]) -> Tensor:
@@ -38,7 +41,7 @@ def gamma(t: Tensor, sigma_data: float) -> Tensor:
     denoiser E[x0 | x], which is not the consistency function.
     """
     s = (t**2 + sigma_data**2).sqrt()
-    return s * (s - sigma_data)
+    return s * t**2 / (s + sigma_data)  # s − σ_d without its cancellation
 
 
 def lower_edge(t: Tensor, edges: tuple[float, ...]) -> Tensor:

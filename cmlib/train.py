@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint this version can read; move it away to start anew") from error
+
+
+def options(objective: Any) -> str:
+    """The objective's name and those of its options that text can compare: numbers, strings, tuples, an inner objective."""
+    parts = []
+    for field in fields(objective) if is_dataclass(objective) else ():
+        value = getattr(objective, field.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            parts.append(f"{field.name}={options(value)}")
+        elif isinstance(value, (bool, int, float, str, tuple)):
+            parts.append(f"{field.name}={value!r}")
+    return f"{type(objective).__name__}({', '.join(parts)})"
 
 
 class _Run:
@@ -154,8 +167,9 @@ def fit(
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    mu = "of the step" if callable(objective.mu) else objective.mu
-    settings = {"objective": type(objective).__name__, "mu": mu, "steps": steps, "lr": lr, "optimizer": optimizer}
+    if getattr(objective, "steps", steps) != steps:
+        raise ValueError(f"the objective's curriculum is {objective.steps} steps long, the run {steps}; give both the same")
+    settings = {"objective": options(objective), "steps": steps, "lr": lr, "optimizer": optimizer}
     settings |= {"weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "ema": ema, "grad_clip": grad_clip}
     settings |= {"seed": seed, "precision": precision, **(provenance or {})}
     AcceleratorState._reset_state()  # it is global, and refuses a second precision in one process

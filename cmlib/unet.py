@@ -209,8 +209,10 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         temb = F.silu(self.time_features(t))
         h = self.conv_in(x)
-        # oneDNN convolves fastest in channels-last memory, and every later state inherits it; torch.func.jvp cannot take it
-        if h.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
+        # oneDNN convolves fastest in channels-last memory, and every later state inherits it. torch.func.jvp cannot take it,
+        # and a dropout mask is drawn in memory order, so both branches of a loss must agree on the layout.
+        dropping = self.training and self.config["dropout"] > 0
+        if h.device.type == "cpu" and not dropping and not torch._C._are_functorch_transforms_active():
             h = h.contiguous(memory_format=torch.channels_last)
         skips = [h]
         for block in cast("list[Block]", self.down_blocks):

@@ -114,6 +114,15 @@ def test_scm_uses_the_students_weight_and_sends_it_gradients():
     assert float(f.log_weight.linear.bias.grad) == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_student_with_its_weight_is_saved_and_loaded_without_it(tmp_path):
+    f = ConsistencyFunction(UNet(**UNET), 0.0, 80.0).eval()
+    f.log_weight = AdaptiveWeight()
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 20.0])
+    for name in ("f.pt", "f.safetensors"):
+        f.save(tmp_path / name)
+        assert torch.equal(ConsistencyFunction.load(tmp_path / name)(x, t), f(x, t))
+
+
 def test_scm_refuses_a_boundary_above_zero():
     f = ConsistencyFunction(PointNet(), 0.01, 80.0)
     with pytest.raises(ValueError, match="sigma_min=0"):
@@ -205,6 +214,26 @@ def test_jvp_goes_through_the_unet_and_its_attention():
         assert torch.allclose(value, f(x, t), atol=1e-5)
         by_difference = (f(x + 1e-3 * d, t) - f(x - 1e-3 * d, t)) / 2e-3
     assert float((derivative - by_difference).norm() / by_difference.norm()) < 1e-2  # float32
+
+
+@pytest.mark.parametrize("name", ["scm", "meanflow"])
+def test_both_branches_share_the_dropout_mask_of_a_unet(name):
+    """F and F⁻ are one computation, so with equal masks their difference is rounding."""
+    torch.manual_seed(0)
+    x0, seen = torch.randn(4, 1, 8, 8, generator=seeded()), []
+
+    if name == "scm":
+        f = ConsistencyFunction(UNet(**{**UNET, "dropout": 0.3}), 0.0, 80.0).train()
+        objective = SCM(normalise=False)
+    else:
+        f = MeanFlowFunction(UNet(**{**UNET, "dropout": 0.3, "in_channels": 2})).train()
+        objective = MeanFlow()
+    f.net.register_forward_hook(lambda net, inputs, output: seen.append(output.detach().clone()))
+    objective(f, f, {"x0": x0}, 0, seeded(1))
+    with torch.no_grad():
+        other = f(x0, torch.ones(4)), f(x0, torch.ones(4))
+    assert not torch.allclose(*other)  # the masks do differ from call to call
+    assert float((torch.as_tensor(seen[0]) - seen[1]).abs().max()) < 1e-4
 
 
 def _rank(rank, port, out):

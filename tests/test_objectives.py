@@ -98,10 +98,12 @@ def test_every_objective_approaches_the_true_consistency_function(objective, lr,
         for k in range(start, 10**9):
             yield {"x0": MIXTURE.sample(256, seeded(k))}
 
+    before = errors(f, 0.0)
     f, _ = fit(f, objective, batches, SHORT, lr=lr, weight_decay=0.0, ema=0.99, every=SHORT)
     error = errors(f, 0.0)
     print("relative error:", error)
-    assert max(error.values()) < limit and min(error.values()) < 0.02
+    assert max(error.values()) < limit and max(before.values()) > 3 * limit
+    assert list(error.values())[4] < 0.15  # t = 0.37 … 0.9
     assert list(errors(MIXTURE.denoise, 0.0).values())[-1] > 0.8
 
 
@@ -277,6 +279,11 @@ def test_ect_starts_as_diffusion_training_and_the_target_is_the_image_where_r_is
     assert [objective.stage(k) for k in (0, 99, 100, 799, 800)] == [0, 0, 1, 7, 7]
 
 
+def test_ect_refuses_stages_that_round_to_nothing():
+    with pytest.raises(ValueError, match="rounding"):
+        ECT(100, stages=4, q=256)
+
+
 def test_ect_gradient_is_finite_at_zero_difference():
     x = torch.zeros(3, 2, requires_grad=True)
     norm(x, torch.zeros(3, 2)).sum().backward()
@@ -418,6 +425,8 @@ def test_score_correction_by_hand_and_from_every_source():
 def test_gamma_makes_the_score_identity_exact_for_a_gaussian():
     data = Gaussian(torch.tensor([0.3, -0.7]), 0.5)
     t = torch.tensor([0.01, 0.1, 0.5, 2.0, 80.0])
+    small = torch.tensor([1e-4], dtype=torch.float64)
+    assert float(gamma(small.float(), 0.5)) == pytest.approx(float(gamma(small, 0.5)), rel=1e-5)  # no cancellation
     x = torch.randn(5, 2, generator=seeded()) * (1 + t[:, None])
     torch.testing.assert_close(x + gamma(t, 0.5)[:, None] * data.score(x, t), data.consistency(x, t), rtol=1e-3, atol=1e-4)
 

@@ -5,7 +5,8 @@ import torch
 
 from cmlib import pipeline
 from cmlib.cache import PairCache
-from cmlib.process import DDPM
+from cmlib.consistency import ConsistencyFunction
+from cmlib.process import DDPM, EDM
 from cmlib.profiles import CI
 from cmlib.teacher import Teacher, warm_start
 from cmlib.unet import UNet
@@ -28,6 +29,25 @@ def test_distillation_from_targets_off_the_ode_is_refused(tmp_path, teacher):
         pipeline.distill("endpoint-regression", student, CI, tmp_path, cache=cache)
     with pytest.raises(ValueError, match="needs a pair cache"):
         pipeline.distill("endpoint-regression", student, CI, tmp_path)
+
+
+@pytest.mark.parametrize("objective", ["ict", "ect", "sct", "scm", "scd"])
+def test_objectives_on_images_train_resume_and_save(objective, teacher, tmp_path):
+    images = torch.randint(0, 256, (80, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    start = pipeline.first_student(objective, teacher, 80.0)
+    assert start.sigma_min == (0 if objective != "ict" else teacher.process.sigma_min)
+    if objective == "ict":
+        chosen, _ = pipeline.recipe(objective, CI, 3, start, (1, 8, 8), teacher, images)
+        assert chosen.process == EDM(start.sigma_min, start.sigma_max)
+    weights = [p.detach().clone() for p in start.parameters()]
+    f, history = pipeline.distill(objective, start, CI, tmp_path, updates=3, teacher=teacher, images=images)
+    assert len(history) == 1 and any(not torch.equal(a, b) for a, b in zip(weights, f.parameters(), strict=True))
+    f.save(tmp_path / "f.safetensors")
+    drawn = pipeline.draw(ConsistencyFunction.load(tmp_path / "f.safetensors"), 4, 2, (1, 8, 8), 0)
+    assert drawn.shape == (4, 1, 8, 8)
+    cache = PairCache.build(tmp_path / "cache", teacher, 20, images=images, solver="ddim")
+    with pytest.raises(ValueError, match="leave --cache out"):
+        pipeline.distill(objective, f, CI, tmp_path, cache=cache)
 
 
 def test_samples_do_not_depend_on_the_batch(teacher):

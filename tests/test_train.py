@@ -11,11 +11,11 @@ from torch import nn
 
 from cmlib import data
 from cmlib.consistency import EMA, ConsistencyFunction
-from cmlib.objectives import ConsistencyDistillation, Denoising
+from cmlib.objectives import ECT, ConsistencyDistillation, Denoising, ScoreCorrected
 from cmlib.ops import pseudo_huber
 from cmlib.process import DDPM, EDM
 from cmlib.teacher import Teacher
-from cmlib.train import fit, learning_rate, plateaued, read_checkpoint, step_seed
+from cmlib.train import fit, learning_rate, options, plateaued, read_checkpoint, step_seed
 from cmlib.unet import UNet
 from tests.small import UNET
 
@@ -109,6 +109,17 @@ def test_resume_refuses_another_run(tmp_path):
         fit(unet(), objective, BATCHES, 2, folder=tmp_path, resume=True, lr=0.1)
     with pytest.raises(ValueError, match="another model"):
         fit(nn.Linear(2, 2), objective, BATCHES, 2, folder=tmp_path, resume=True)
+
+
+def test_resume_compares_the_objectives_own_options(tmp_path):
+    run = partial(fit, batches=BATCHES, steps=2, folder=tmp_path, resume=True)
+    run(ConsistencyFunction(unet(), 0.0), ECT(2))
+    for other in (ECT(2, q=256.0, stages=1), ECT(2, stages=4), ScoreCorrected(ECT(2))):
+        with pytest.raises(ValueError, match="objective was 'ECT"):
+            run(ConsistencyFunction(unet(), 0.0), other)
+    assert options(ScoreCorrected(ECT(2))) != options(ScoreCorrected(ECT(2, q=3.0)))
+    with pytest.raises(ValueError, match="curriculum is 5 steps long, the run 2"):
+        run(ConsistencyFunction(unet(), 0.0), ECT(5))
 
 
 def test_checkpoint_with_code_in_it_is_refused(tmp_path):

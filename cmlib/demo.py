@@ -200,7 +200,7 @@ def draw_figures(
         if label != "identity map":
             key = "student" if label == "student" else "regression"
             metrics |= {f"distance.{key}": float(distance.mean()), f"gap.{key}": float(gap[label][1].mean())}
-    names = {k: k.replace("_", ", ").replace("ddim", "DDIM-").replace("ddpm", "DDPM-") for k in sets}
+    names = {k: report.label(k) for k in sets}
     name, n_real = f"fd_{profile.dataset}", metrics["protocol.n_real"]
     fd = {names[k]: metrics.get(f"{name}.{k}_at_n_real", metrics[f"{name}.{k}"]) for k in sets}
     panels = {names[k]: data.to_float(v) for k, v in sets.items() if k != "resampled"}

@@ -26,6 +26,12 @@ ROWS = {
 }
 
 
+def label(key: str) -> str:
+    """What a row of the table is called in a figure."""
+    name, evaluations = ROWS[key]
+    return f"{name}, {evaluations} ev." if key.endswith(("_1", "_2")) else name
+
+
 def table(dataset: str, metrics: dict[str, Any]) -> list[list[str]]:
     """Header and rows; a ratio to DDIM-50, and the distance at the N of the held-out reals, stand beside every distance."""
     fd = f"fd_{dataset}"
@@ -43,14 +49,14 @@ def table(dataset: str, metrics: dict[str, Any]) -> list[list[str]]:
             "recall",
         ]
     ]
-    for key, (label, evaluations) in ROWS.items():
+    for key, (name, evaluations) in ROWS.items():
         if f"{fd}.{key}" not in metrics:
             continue
         value, real = metrics[f"{fd}.{key}"], key == "real"
         few = value if real else metrics.get(f"{fd}.{key}_at_n_real")
         rows.append(
             [
-                label,
+                name,
                 evaluations,
                 str(metrics["protocol.n_real" if real else "protocol.n"]),
                 "" if real else f"{value:.2f}",
@@ -88,11 +94,11 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
 :root {{ color-scheme: light dark; --line: #8884; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .92rem; }}
 th, td {{ padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; white-space: normal; }}
 figure {{ margin: 2rem 0; }} figcaption {{ font-size: .92rem; }}
 img {{ max-width: 100%; background: white; border-radius: 4px; }}
 </style></head><body>

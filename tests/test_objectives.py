@@ -77,14 +77,14 @@ SHORT = 1500
 @pytest.mark.parametrize(
     ("objective", "lr", "limit"),
     [
-        (ConsistencyTraining(SHORT, s1=20), 2e-3, 0.35),
-        (ICT(SHORT), 1e-3, 0.3),
-        (ECT(SHORT), 1e-3, 0.3),
-        (SCT(SHORT), 1e-3, 0.25),
-        (SCT(SHORT, reference=REFERENCE), 1e-3, 0.3),
-        (SCM(warmup=SHORT // 4, mean=-0.4, std=1.6), 1e-3, 0.3),
-        (SCM(teacher=MIXTURE, warmup=SHORT // 4, mean=-0.4, std=1.6), 1e-3, 0.2),
-        (MeanFlow(), 2e-3, 0.35),
+        (ConsistencyTraining(SHORT, s1=20), 2e-3, 0.3),
+        (ICT(SHORT), 1e-3, 0.27),
+        (ECT(SHORT), 1e-3, 0.25),
+        (SCT(SHORT), 1e-3, 0.22),
+        (SCT(SHORT, reference=REFERENCE), 1e-3, 0.27),
+        (SCM(warmup=SHORT // 4, mean=-0.4, std=1.6), 1e-3, 0.25),
+        (SCM(teacher=MIXTURE, warmup=SHORT // 4, mean=-0.4, std=1.6), 1e-3, 0.17),
+        (MeanFlow(), 2e-3, 0.25),
     ],
     ids=["CT", "iCT", "ECT", "SCT-batch", "SCT-reference", "sCT", "sCD", "MeanFlow"],
 )
@@ -102,7 +102,7 @@ def test_every_objective_approaches_the_true_consistency_function(objective, lr,
     f, _ = fit(f, objective, batches, SHORT, lr=lr, weight_decay=0.0, ema=0.99, every=SHORT)
     error = errors(f, 0.0)
     print("relative error:", error)
-    assert max(error.values()) < limit and max(before.values()) > 3 * limit
+    assert max(error.values()) < min(limit, 0.7 * max(before.values()))
     assert list(error.values())[4] < 0.15  # t = 0.37 … 0.9
     assert list(errors(MIXTURE.denoise, 0.0).values())[-1] > 0.8
 

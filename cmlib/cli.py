@@ -12,8 +12,8 @@ from typing import Any
 from cmlib import __version__, commands
 from cmlib.files import write_json
 from cmlib.ops import seed_everything
-from cmlib.pipeline import OBJECTIVES
 from cmlib.profiles import PROFILES, select
+from cmlib.recipes import OBJECTIVES
 from cmlib.teacher import SOLVERS
 
 TEACHER = "hub id or folder (default: the profile's)"
@@ -91,6 +91,13 @@ def _add_students(top: Any) -> None:
     p.add_argument("--fid", action="store_true", help="also FID on Inception features, where its weights are there")
     p.add_argument("--limit", type=int, help="use this many reference images")
 
+    p = _command(top, "compare", commands.compare, "objectives side by side, from one start, under one budget of images")
+    p.add_argument("--objectives", default=",".join(OBJECTIVES[1:]), help="comma-separated (default: all)")
+    p.add_argument("--budget-images", type=int, help="training images for each (default: the profile's)")
+    p.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
+    p.add_argument("--from-nothing", action="store_true", help="start from random weights instead of the teacher's")
+    p.add_argument("--teacher", help=TEACHER)
+
     p = _command(top, "export", commands.export, "a student in another format")
     p.add_argument("--format", choices=["diffusers"], default="diffusers")
     p.add_argument("--checkpoint", type=Path, required=True)
@@ -116,7 +123,19 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 on success, 2 with one line on bad input, 130 when interrupted."""
     args = parser().parse_args(argv)
     try:
-        for name in ("updates", "limit", "samples", "pairs", "steps", "evaluations", "n", "delta", "batch_size"):
+        for name in (
+            "updates",
+            "limit",
+            "samples",
+            "pairs",
+            "steps",
+            "evaluations",
+            "n",
+            "delta",
+            "batch_size",
+            "seeds",
+            "budget_images",
+        ):
             if (value := getattr(args, name, None)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if not 0 <= args.seed < 2**63:

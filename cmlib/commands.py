@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cmlib import data, evaluate, pipeline, plots, report
+from cmlib import compare as comparing
+from cmlib import data, evaluate, pipeline, plots, recipes, report
 from cmlib import demo as demo_run
 from cmlib import export as exporting
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction
+from cmlib.files import write_json
 from cmlib.ops import indexed_normal
 from cmlib.process import DDPM
 from cmlib.profiles import Profile, select, small_unet
@@ -98,7 +100,7 @@ def teacher_eval(args: Namespace, profile: Profile) -> Metrics:
         plots.samples({f"DDIM-{args.steps}": data.to_float(fakes), "real": data.to_float(held_out[0])}),
         args.out / "samples.png",
     )
-    found = {"mse.held_out": pipeline.epsilon_error(teacher.process, teacher.unet, held_out[0][:500], 1)}
+    found = {"mse.held_out": pipeline.epsilon_error(teacher.process, teacher.unet, held_out[0][:500])}
     features = pipeline.Features.of(profile.dataset, args.out, images, labels, held_out)
     for name, drawn in {"real": held_out[0], f"teacher_ddim{args.steps}": fakes}.items():
         found |= features.compare(name, drawn)
@@ -184,7 +186,7 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
     else:
         steps = cache.key.get("steps", profile.rollout_steps) if cache else profile.rollout_steps
         sigma_max = float(teacher.process.sigma(teacher.process.grid(steps)[-1:]))
-        student = pipeline.first_student(args.objective, teacher, sigma_max)
+        student = recipes.first_student(args.objective, teacher, sigma_max)
     pairs: dict[str, Any] = {"cache": cache, "teacher": teacher, "images": images}
     trained, history = pipeline.distill(
         args.objective, student, profile, args.out / "training", args.seed, args.updates, args.resume, **pairs
@@ -197,6 +199,9 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
             "One reverse step, not a one-step sampler: no student.pt, only what the regression reached beside the identity map."
         )
         return _say({**found, "mse.regression": error["model"], "mse.identity": error["identity"], "mse.skill": error["skill"]})
+    if not isinstance(trained, ConsistencyFunction):
+        print(f"{args.objective} makes no ConsistencyFunction: no student.pt, only the training's checkpoint and samples.")
+        return _say(found)
     trained.save(args.out / "student.pt")
     trained.save(args.out / "student.safetensors")
     drawn = {f"{k} evaluation(s)": pipeline.draw(trained, 48, k, trained.image_shape, args.seed) for k in (1, 2)}
@@ -255,6 +260,19 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
             "protocol.n_distance": len(few),
         }
     )
+
+
+def compare(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib compare`"""
+    seeds = range(args.seed, args.seed + args.seeds)
+    budget = args.budget_images or profile.batch_size * profile.distill_updates
+    names = args.objectives.split(",")
+    found = comparing.run(names, seeds, budget, args.from_nothing, profile, _teacher(args, profile), args.out)
+    write_json(args.out / "compare.json", found)
+    plots.save(comparing.figure(found), args.out / "compare.png")
+    print("\n" + comparing.markdown(found))
+    flat = {f"{key}.{r['objective']}.{r['seed']}": r[key] for r in found["rows"] for key in comparing.MEASURES}
+    return {**flat, **{f"protocol.{k.removeprefix('protocol.')}": v for k, v in found["protocol"].items()}}
 
 
 def export(args: Namespace, profile: Profile) -> Metrics:

@@ -39,6 +39,15 @@ def c_noise(t: Tensor) -> Tensor:
     return 250 * (t + 1e-44).log()
 
 
+def sampling_levels(process: EDM, n: int) -> list[float]:
+    """n descending noise levels from σ_max: every ⌊40/n⌋-th of a 40-level Karras grid, which is what
+    `ConsistencyModelPipeline(num_inference_steps=n)` uses."""
+    if not 1 <= n <= 40:
+        raise ValueError(f"evaluations must lie in 1 … 40, got {n}")
+    ascending = process.grid(40)
+    return [float(ascending[39 - i * (40 // n)]) for i in range(n)]
+
+
 class ConsistencyFunction(nn.Module):
     """f(x, t) = c_skip(t)·x + c_out(t)·F(c_in(t)·x, c_noise(t)), so that f(x, σ_min) = x by construction (CM eq. 5).
 
@@ -80,12 +89,8 @@ class ConsistencyFunction(nn.Module):
         return unet["in_channels"], unet["sample_size"], unet["sample_size"]
 
     def levels(self, n: int) -> list[float]:
-        """The n descending noise levels of n-evaluation sampling, from σ_max: every ⌊40/n⌋-th of a 40-level Karras grid,
-        which is what `ConsistencyModelPipeline(num_inference_steps=n)` uses."""
-        if not 1 <= n <= 40:
-            raise ValueError(f"evaluations must lie in 1 … 40, got {n}")
-        ascending = EDM(self.sigma_min, self.sigma_max, self.rho).grid(40)
-        return [float(ascending[39 - i * (40 // n)]) for i in range(n)]
+        """The n descending noise levels of n-evaluation sampling (see `sampling_levels`)."""
+        return sampling_levels(EDM(self.sigma_min, self.sigma_max, self.rho), n)
 
     def save(self, path: str | Path) -> None:
         """Write weights and configuration, as a torch file where `path` ends in .pt, else as safetensors."""
@@ -136,9 +141,17 @@ class PlainFunction(nn.Module):
     `x` [B,C,H,W] in EDM coordinates, `t` [B] in σ, like `ConsistencyFunction`, with σ_d = 1.
     """
 
+    sigma_min, sigma_max = 0.0, 100.0  # one evaluation starts at σ_max, from noise alone
+
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
+
+    def levels(self, n: int) -> list[float]:
+        """σ_max: it jumps once, so n = 1."""
+        if n != 1:
+            raise ValueError(f"the brief's student makes images in one evaluation, not {n}")
+        return [self.sigma_max]
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.net(expand_like(c_in(t, 1.0), x) * x, c_noise(t))

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from cmlib.consistency import c_noise, sampling_levels
 from cmlib.ops import Losses, Network, expand_like, randn_like, rng_state, set_rng_state
-from cmlib.process import TrigFlow
+from cmlib.process import EDM, TrigFlow
 
 
 def jvp(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -128,9 +129,13 @@ class MeanFlowFunction(nn.Module):
     x/(1 + σ) at t = σ/(1 + σ), so `consistency.sample` takes it as it is.
     """
 
-    def __init__(self, net: nn.Module, sigma_max: float = 80.0):
+    def __init__(self, net: nn.Module, sigma_max: float = 80.0, rho: float = 7.0):
         super().__init__()
-        self.net, self.sigma_min, self.sigma_max = net, 0.0, sigma_max
+        self.net, self.sigma_min, self.sigma_max, self.rho = net, 0.0, sigma_max, rho
+
+    def levels(self, n: int) -> list[float]:
+        """The n descending noise levels σ of n-evaluation sampling."""
+        return sampling_levels(EDM(self.sigma_min, self.sigma_max, self.rho), n)
 
     def forward(self, x: Tensor, t: Tensor, r: Tensor | None = None) -> Tensor:
         if r is None:
@@ -138,6 +143,30 @@ class MeanFlowFunction(nn.Module):
             return z - expand_like(t, z) * self(z, t, torch.zeros_like(t))
         gap = expand_like(t - r, x).expand_as(x[:, :1])
         return self.net(torch.cat([x, gap], dim=1), 1000 * t)
+
+
+class FlowNetwork(nn.Module):
+    """The `net` of a `MeanFlowFunction` over a consistency function's F with one more input channel:
+
+    v = (2t − 1)/s²·z − F([z/s, t − r], c_noise(σ))/s, s² = t² + (1 − t)², σ = t/(1 − t), which is (z − D)/t for the
+    denoiser D = c_skip·x + c_out·F at σ_d = 1 and σ_min = 0 (EDM table 1). So a teacher's weights start it off at the flow.
+    """
+
+    def __init__(self, net: nn.Module, sigma_max: float = 80.0):
+        super().__init__()
+        self.net, self.sigma_max = net, sigma_max
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """F's."""
+        return self.net.config  # type: ignore[return-value]
+
+    def forward(self, z_and_gap: Tensor, t: Tensor) -> Tensor:
+        t = t / 1000
+        z, gap = z_and_gap[:, :-1], z_and_gap[:, -1:]
+        s = expand_like((t**2 + (1 - t) ** 2).sqrt(), z)
+        sigma = t / (1 - t).clamp(min=1 / (1 + self.sigma_max))
+        return expand_like(2 * t - 1, z) / s**2 * z - self.net(torch.cat([z / s, gap], dim=1), c_noise(sigma)) / s
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from cmlib.pipeline import (
     distill,
     draw,
     draw_teacher,
-    first_student,
     load_teacher,
     shipped,
     train_teacher,
 )
 from cmlib.process import DDPM, EDM
 from cmlib.profiles import Profile, small_unet
+from cmlib.recipes import first_student
 from cmlib.teacher import Teacher
 from cmlib.unet import UNet
 

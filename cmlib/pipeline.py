@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,14 @@ from tqdm.auto import tqdm
 
 from cmlib import data, evaluate, plots
 from cmlib.cache import PairCache
-from cmlib.consistency import ConsistencyFunction, PlainFunction, sample
+from cmlib.consistency import PlainFunction, sample
 from cmlib.files import sha256
-from cmlib.objectives import ECT, ICT, SCM, SCT, ConsistencyDistillation, Denoising, EndpointRegression, PairRegression
-from cmlib.ops import Distance, device_of, indexed_normal, pseudo_huber
-from cmlib.process import DDPM, EDM
+from cmlib.objectives import Denoising
+from cmlib.ops import device_of, indexed_normal
+from cmlib.process import DDPM
 from cmlib.profiles import Profile
-from cmlib.teacher import Teacher, warm_start
+from cmlib.recipes import CACHED, recipe
+from cmlib.teacher import Teacher
 from cmlib.train import fit, plateaued
 from cmlib.unet import UNet
 
@@ -123,9 +124,10 @@ class Features:
 
 
 @torch.no_grad()
-def epsilon_error(process: DDPM, unet: Any, images: Tensor, repeats: int = 4) -> float:
-    """L_DDPM on uint8 images with noise and indices that never change, so that epochs compare."""
-    x0 = data.to_float(images.repeat(repeats, 1, 1, 1)).to(device_of(unet))
+def epsilon_error(process: DDPM, unet: Any, images: Tensor) -> float:
+    """L_DDPM on uint8 images with noise and indices that never change, so that epochs compare; a small set serves for 500
+    draws or more."""
+    x0 = data.to_float(images.repeat(-(-500 // len(images)), 1, 1, 1)).to(device_of(unet))
     generator = torch.Generator().manual_seed(1)
     objective = Denoising(process)
     losses = [objective(unet, unet, {"x0": part}, 0, generator)[0] for part in x0.split(500)]
@@ -184,58 +186,7 @@ def train_teacher(
 
 # ---- students
 
-PLAIN_SIGMA = 100.0  # where one evaluation of a PlainFunction starts: noise alone
-LEVELS = 18  # of consistency distillation
-WHOLE_REFERENCE = 5_000  # up to so many images, SCT's reference is the whole data set
-OBJECTIVES = ("pair-regression", "endpoint-regression", "consistency-distillation", "ict", "ect", "sct", "scm", "scd")
-TUNING = ("ect", "sct", "scm", "scd")  # whose f(x, 0) = x has its boundary at 0
-
-
-Student = TypeVar("Student", ConsistencyFunction, PlainFunction)
-
-
-def first_student(objective: str, teacher: Teacher, sigma_max: float) -> Any:
-    """What training by `objective` starts from: the teacher's weights behind the boundary that its paper has."""
-    f = warm_start(teacher, sigma_max)
-    if objective == "pair-regression":
-        return PlainFunction(f.net)
-    return ConsistencyFunction(f.net, 0.0, sigma_max, f.sigma_data) if objective in TUNING else f
-
-
-def recipe(
-    objective: str,
-    profile: Profile,
-    updates: int | None,
-    student: Any,
-    shape: tuple[int, ...],
-    teacher: Teacher | None = None,
-    images: Tensor | None = None,
-) -> tuple[Any, dict[str, Any]]:
-    """The objective called `objective`, and the settings of `fit` that go with it: the papers' optimiser, our step sizes."""
-    huber: Distance = partial(pseudo_huber, c=0.03 * math.prod(shape) ** 0.5)
-    steps = updates or profile.distill_updates
-    tuning: dict[str, Any] = {"steps": steps, "lr": 6e-4, "optimizer": "radam", "warmup": steps // 20}
-    if objective == "pair-regression":
-        return PairRegression(), {"steps": updates or profile.regression_updates, "lr": 2e-4}
-    if objective == "endpoint-regression":
-        return EndpointRegression(huber), {"steps": updates or profile.endpoint_updates, "lr": 1e-3, "warmup": 20}
-    if objective == "consistency-distillation":
-        levels = None
-        if teacher is not None and images is not None:
-            last = teacher.process.index(torch.tensor(student.sigma_max))
-            levels = teacher.process.sigma(torch.linspace(0, float(last), LEVELS))
-        chosen = ConsistencyDistillation(teacher if images is not None else None, levels, distance=huber, mu=0.9)
-        return chosen, {"steps": steps, "lr": 3e-4, "optimizer": "radam"}
-    if objective == "sct" and images is not None:
-        whole = len(images) <= WHOLE_REFERENCE
-        return SCT(steps, reference=data.to_float(images).to(device_of(student)) if whole else "batch"), tuning
-    if objective in ("scm", "scd"):
-        return SCM(teacher if objective == "scd" else None, warmup=steps // 5), tuning
-    if objective == "ict":
-        return ICT(steps, EDM(student.sigma_min, student.sigma_max)), tuning
-    if objective == "ect":
-        return ECT(steps), tuning
-    raise ValueError(f"no objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
+Student = TypeVar("Student", bound=nn.Module)
 
 
 def distill(
@@ -249,23 +200,24 @@ def distill(
     cache: PairCache | None = None,
     teacher: Teacher | None = None,
     images: Tensor | None = None,
+    every: int = 500,
+    measure: Callable[[Any], dict[str, float]] | None = None,
 ) -> tuple[Student, list[dict[str, float]]]:
     """Train `student` by one of OBJECTIVES on a pair cache, or on uint8 `images`; consistency distillation takes either,
     and with images makes its pairs on the fly, by Heun steps of `teacher` between LEVELS levels evenly spaced in the
-    chain's index."""
-
+    chain's index. Every `every` updates a sheet of samples is written, and `measure(average)` goes into the history."""
     unet = cast(UNet, student.net).config
-    shape = (unet["in_channels"], unet["sample_size"], unet["sample_size"])
+    shape = (unet["out_channels"], unet["sample_size"], unet["sample_size"])
     if cache is not None:
         images = None
         batches: Any = partial(cache.loader, profile.batch_size, seed)
         provenance: dict[str, Any] = {"cache": cache.key}
-    elif teacher is not None and images is not None and isinstance(student, ConsistencyFunction):
+    elif teacher is not None and images is not None and not isinstance(student, PlainFunction):
         batches = partial(data.batches, images, profile.batch_size, seed)
         provenance = {"teacher": teacher.hash(), "images": data.fingerprint(images)}
     else:
         raise ValueError(f"{objective} needs a pair cache; build one with `cmlib cache build`")
-    cached = objective in OBJECTIVES[:3]
+    cached = objective in CACHED
     if cache is not None and not cached:
         raise ValueError(f"{objective} trains on images, not on a pair cache; leave --cache out")
     if cache is not None and objective == "consistency-distillation" and cache.key["solver"] not in ("ddim", "heun"):
@@ -278,23 +230,21 @@ def distill(
     def on_every(step: int, average: Any) -> dict[str, float]:
         grid = data.to_float(draw(average, 48, 1, shape, seed))
         plots.save(plots.samples({f"{objective}, {step} updates, one evaluation": grid}), out / f"samples-{step:05d}.png")
-        return {"contrast": float(grid.std())}
+        return {"contrast": float(grid.std())} | (measure(average) if measure else {})
 
     common: dict[str, Any] = {"seed": seed, "folder": out, "resume": resume, "precision": profile.precision, "ema": 0.999}
     average, history = fit(
-        student.requires_grad_(True), chosen, batches, name=objective, on_every=on_every, **settings, **common
+        student.requires_grad_(True), chosen, batches, name=objective, every=every, on_every=on_every, **settings, **common
     )
     return cast(Student, average.eval()), history
 
 
-def draw(f: nn.Module, n: int, evaluations: int, shape: tuple[int, ...], seed: int, batch: int = 500) -> Tensor:
+def draw(f: Any, n: int, evaluations: int, shape: tuple[int, ...], seed: int, batch: int = 500) -> Tensor:
     """n uint8 images from f; image i depends on (seed, i) alone."""
     parts = []
     for index in torch.arange(n).split(batch):
         noise = [indexed_normal(SAMPLING_SEED + seed, index, shape, k) for k in range(evaluations)]
-        levels = f.levels(evaluations) if isinstance(f, ConsistencyFunction) else [PLAIN_SIGMA]
-        sigma_min = f.sigma_min if isinstance(f, ConsistencyFunction) else 0.0
-        parts.append(data.to_uint8(sample(f, noise, levels, sigma_min)).cpu())
+        parts.append(data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)).cpu())
     return torch.cat(parts)
 
 

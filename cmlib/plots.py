@@ -119,3 +119,31 @@ def bars(values: Mapping[str, float], xlabel: str, title: str) -> Figure:
     ax.margins(x=0.15)
     ax.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def small_multiples(
+    curves: Mapping[str, Sequence[tuple[Tensor, Tensor]]], level: float, level_name: str, xlabel: str, ylabel: str, title: str
+) -> Figure:
+    """A panel a name, its curves (one a seed) in colour over everyone's in grey, on log axes, and a dashed line at `level`."""
+    columns = min(5, len(curves))
+    height = -(-len(curves) // columns)
+    size = (1.9 * columns + 0.8, 1.9 * height + 0.8)
+    figure, axes = plt.subplots(height, columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained")
+    for ax in axes.flat[len(curves) :]:
+        ax.axis("off")
+    for ax, (name, mine) in zip(axes.flat, curves.items(), strict=False):
+        for x, y in (line for lines in curves.values() for line in lines):
+            ax.plot(np.asarray(x), np.asarray(y), color="#cccccc", linewidth=0.7)
+        for x, y in mine:
+            ax.plot(np.asarray(x), np.asarray(y), color=COLOURS[0], linewidth=1.5)
+        ax.axhline(level, color=COLOURS[1], linestyle="--", linewidth=1)
+        ax.set(xscale="log", yscale="log")
+        ax.set_title(name, fontsize=10)
+        ax.grid(alpha=0.3)
+    axes[0, 0].annotate(
+        level_name, (0.04, level), xycoords=("axes fraction", "data"), color=COLOURS[1], fontsize=8, va="bottom"
+    )
+    figure.suptitle(title, fontsize=11)
+    figure.supxlabel(xlabel, fontsize=10)
+    figure.supylabel(ylabel, fontsize=10)
+    return figure

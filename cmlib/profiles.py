@@ -60,12 +60,12 @@ QUICK = replace(
     minutes=1.5,
     teacher_updates=1_000,
     rollout_steps=20,
-    pairs=20_000,
-    regression_updates=60,
-    endpoint_updates=150,
-    distill_updates=150,
+    pairs=14_000,
+    regression_updates=40,
+    endpoint_updates=120,
+    distill_updates=100,
     samples=500,
-    timesteps=32,
+    timesteps=16,
 )
 CI = replace(
     QUICK,

@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 LAYERS = [
-    "files", "ops", "process", "unet", "oracle", "data", "consistency", "curricula", "stable", "continuous", "teacher", "cache",
-    "objectives", "train", "evaluate", "plots", "export", "profiles", "pipeline", "report", "demo", "commands", "cli",
-    "__main__",
+    "files", "ops", "process", "unet", "oracle", "data", "consistency", "curricula", "stable", "continuous", "teacher",
+    "cache", "objectives", "train", "evaluate", "plots", "export", "profiles", "recipes", "pipeline", "report", "demo",
+    "compare", "commands", "cli", "__main__",
 ]  # fmt: skip
 PACKAGE = Path(__file__).resolve().parent.parent / "cmlib"
 

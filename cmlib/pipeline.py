@@ -125,9 +125,9 @@ class Features:
 
 @torch.no_grad()
 def epsilon_error(process: DDPM, unet: Any, images: Tensor) -> float:
-    """L_DDPM on uint8 images with noise and indices that never change, so that epochs compare; a small set serves for 500
+    """L_DDPM on uint8 images with noise and indices that never change, so that epochs compare; a small set serves for 1,000
     draws or more."""
-    x0 = data.to_float(images.repeat(-(-500 // len(images)), 1, 1, 1)).to(device_of(unet))
+    x0 = data.to_float(images.repeat(-(-1_000 // len(images)), 1, 1, 1)).to(device_of(unet))
     generator = torch.Generator().manual_seed(1)
     objective = Denoising(process)
     losses = [objective(unet, unet, {"x0": part}, 0, generator)[0] for part in x0.split(500)]

@@ -24,7 +24,7 @@ from cmlib.pipeline import (
     shipped,
     train_teacher,
 )
-from cmlib.process import DDPM, EDM
+from cmlib.process import DDPM
 from cmlib.profiles import Profile, small_unet
 from cmlib.recipes import first_student
 from cmlib.teacher import Teacher
@@ -154,14 +154,6 @@ def one_step_identity(teacher: Teacher, held_out: Tensor, seed: int) -> dict[str
 
 
 @torch.no_grad()
-def walk(teacher: Teacher, x: Tensor, sigma: float, steps: int = WALK_STEPS) -> Tensor:
-    """The teacher's ODE from (x, σ) down to the image in `steps` DDIM steps on a Karras grid, EDM coordinates."""
-    levels = [*EDM(teacher.process.sigma_min, sigma).grid(steps).flip(0).tolist(), 0.0]
-    for t, r in zip(levels, levels[1:], strict=False):
-        x = teacher.ode_step(x, torch.full((len(x),), t, device=x.device), torch.full((len(x),), r, device=x.device))
-    return x
-
-
 def draw_figures(
     profile: Profile,
     teacher: Teacher,
@@ -185,7 +177,7 @@ def draw_figures(
             "noisy": x_t / expand_like((1 + t**2).sqrt(), x_t),
             "one jump\n(student, 1 evaluation)": student(x_t.to(device), t.to(device)),
             f"teacher's walk\n({WALK_STEPS} evaluations)": torch.cat(
-                [walk(teacher, x[None].to(device), s) for x, s in zip(x_t, sigmas, strict=True)]
+                [teacher.walk(x[None].to(device), s, WALK_STEPS) for x, s in zip(x_t, sigmas, strict=True)]
             ),
             "brief's regression\n(1 evaluation)": regression(x_t.to(device), t.to(device)),
         }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -33,6 +36,19 @@ def save(figure: Figure, path: Path) -> None:
     write_atomically(path, lambda file: file.write(data))
 
 
+def bundle(png: bytes, alt: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A picture as a notebook's output: PNG with alternative text, which matplotlib's own display leaves out."""
+    return {"image/png": base64.b64encode(png).decode(), "text/plain": alt}, {"image/png": {"alt": alt}}
+
+
+def display(figure: Figure, alt: str) -> None:
+    """Show the figure in a notebook; `alt` tells what it shows to those who don't see it. Closes it."""
+    from IPython.display import display as show_bundle
+
+    data, metadata = bundle(png(figure), alt)
+    show_bundle(data, metadata=metadata, raw=True)
+
+
 def show(ax: Axes, image: Tensor, title: str = "") -> None:
     """Draw one image [C,H,W] in [-1, 1], nearest-neighbour."""
     pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy()
@@ -54,6 +70,23 @@ def tile(images: Tensor, columns: int, gap: int = 1) -> Tensor:
         y, x = divmod(i, columns)
         sheet[:, y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
     return sheet
+
+
+def strip(panels: Mapping[str, Tensor], size: int = 150) -> bytes:
+    """PNG of one image [C,H,W] in [-1, 1] a panel, side by side under their names, nearest-neighbour; 10 ms, no axes."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    head, gap = 20, 8
+    sheet = Image.new("RGB", (len(panels) * (size + gap) - gap, size + head), "white")
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 12)
+    for k, (name, image) in enumerate(panels.items()):
+        pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        picture = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+        sheet.paste(picture.resize((size, size), Image.Resampling.NEAREST), (k * (size + gap), head))
+        ImageDraw.Draw(sheet).text((k * (size + gap) + size / 2, 2), name, fill="black", font=font, anchor="ma")
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def samples(sets: Mapping[str, Tensor], columns: int = 12, rows: int = 4) -> Figure:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cmlib.consistency import ConsistencyFunction, c_noise
 from cmlib.ops import expand_like
-from cmlib.process import DDPM, ode_step
+from cmlib.process import DDPM, EDM, ode_step
 from cmlib.unet import UNet
 
 RHO = 100.0  # of a student's sampling grid; on digits the second of two evaluations works best near σ = 1, not at ρ = 7's 4.4
@@ -126,6 +126,14 @@ class Teacher:
     def ode_step(self, x: Tensor, t: Tensor, r: Tensor, solver: str = "ddim") -> Tensor:
         """One step of the probability-flow ODE from t to r < t, EDM coordinates, `ddim` or `heun` (see `process.ode_step`)."""
         return ode_step(self.denoise, x, t, r, solver)
+
+    def walk(self, x: Tensor, sigma: float, steps: int) -> Tensor:
+        """The ODE from (x, σ) down to the image in `steps` DDIM steps on a Karras grid, EDM coordinates."""
+        levels = EDM(self.process.sigma_min, sigma).grid(steps)
+        levels[-1] = sigma
+        for t, r in zip(levels.flip(0), [*levels.flip(0)[1:], torch.zeros(())], strict=True):
+            x = self.ode_step(x, t.expand(len(x)).to(x.device), r.expand(len(x)).to(x.device))
+        return x
 
     def posterior(self, x: Tensor, eps: Tensor, n: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(x_r | x_n, x̂0), DDPM eq. 6–7, for a *vector* of indices n and r < n (r = −1 is

@@ -5,8 +5,9 @@ from pathlib import Path
 
 LAYERS = [
     "files", "ops", "process", "unet", "oracle", "data", "consistency", "curricula", "stable", "continuous", "teacher",
-    "cache", "objectives", "train", "evaluate", "plots", "export", "profiles", "recipes", "pipeline", "report", "demo",
-    "compare", "commands", "cli", "__main__",
+    "cache", "objectives", "train", "evaluate", "plots", "widgets", "checks", "lesson1", "lesson2", "lesson3", "lesson4",
+    "lesson5", "lesson6", "exercises", "export", "profiles", "recipes", "pipeline", "report", "demo", "compare", "commands",
+    "cli", "__main__",
 ]  # fmt: skip
 PACKAGE = Path(__file__).resolve().parent.parent / "cmlib"
 

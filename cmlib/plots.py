@@ -42,10 +42,13 @@ def bundle(png: bytes, alt: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def display(figure: Figure, alt: str) -> None:
-    """Show the figure in a notebook; `alt` tells what it shows to those who don't see it. Closes it."""
+    """Show the figure in a notebook; `alt` tells what it shows to those who don't see it. 256 colours; closes it."""
     from IPython.display import display as show_bundle
+    from PIL import Image
 
-    data, metadata = bundle(png(figure), alt)
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(png(figure, dpi=100))).convert("RGB").quantize(256).save(buffer, format="PNG", optimize=True)
+    data, metadata = bundle(buffer.getvalue(), alt)
     show_bundle(data, metadata=metadata, raw=True)
 
 
@@ -100,15 +103,34 @@ def samples(sets: Mapping[str, Tensor], columns: int = 12, rows: int = 4) -> Fig
     return figure
 
 
-def jump(sigmas: Sequence[float], rows: Mapping[str, Tensor]) -> Figure:
-    """One image at several noise levels: a labelled row each (noisy, one jump, teacher's walk, …), a column a level."""
-    figure, axes = plt.subplots(len(rows), len(sigmas), figsize=(1.35 * len(sigmas) + 1.4, 1.45 * len(rows)), squeeze=False)
+def sheet(rows: Mapping[str, Tensor], columns: Sequence[str]) -> Figure:
+    """A labelled row for each set of images [N,C,H,W], a titled column for each image in it."""
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(1.35 * len(columns) + 1.4, 1.45 * len(rows)), squeeze=False)
     for row, (name, images) in enumerate(rows.items()):
         line = axes[row]
-        for ax, image, sigma in zip(line, images, sigmas, strict=True):
-            show(ax, image, f"σ = {sigma:.3g}" if row == 0 else "")
+        for ax, image, title in zip(line, images, columns, strict=True):
+            show(ax, image, title if row == 0 else "")
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
     figure.tight_layout()
+    return figure
+
+
+def jump(sigmas: Sequence[float], rows: Mapping[str, Tensor]) -> Figure:
+    """One image at several noise levels: a labelled row each (noisy, one jump, teacher's walk, …), a column a level."""
+    return sheet(rows, [f"σ = {sigma:.3g}" for sigma in sigmas])
+
+
+def flow(sigma: Tensor, x: Tensor, density: Tensor, paths: Mapping[str, Tensor], title: str) -> Figure:
+    """Paths [len(sigma),P] of one coordinate over noise levels, on the density [len(x),len(sigma)] scaled to 1 at each."""
+    figure, axes = plt.subplots(
+        1, len(paths), figsize=(4.2 * len(paths), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for ax, (name, lines), colour in zip(axes[0], paths.items(), COLOURS, strict=False):
+        ax.pcolormesh(sigma, x, density / density.max(0).values, cmap="Greys", vmax=1.6, rasterized=True)
+        ax.plot(sigma, lines, color=colour, lw=1)
+        ax.set(xlabel="noise level σ", title=name, xscale="log", ylim=(float(x[0]), float(x[-1])))
+    axes[0][0].set_ylabel("x = x0 + σ·ε")
+    figure.suptitle(title)
     return figure
 
 

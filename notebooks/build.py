@@ -1,0 +1,249 @@
+"""Make the notebooks from their sources: `python notebooks/build.py [01 …]`, or with --badges [owner/name], --check, --time.
+
+A source is jupytext's py:percent. In it `{badge}` and `{times}` are filled in, and the empty code cell tagged `setup`
+becomes SETUP; all three follow from pyproject.toml's address, the package's version and times.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+PYPROJECT, TIMES = ROOT / "pyproject.toml", HERE / "times.json"
+LIMIT = 100_000  # bytes a figure
+KERNEL = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+MACHINES = {"ci": "to look around (CMLIB_PROFILE=ci)", "cpu": "on a laptop without a GPU", "t4": "on a GPU"}
+SETUP = """\
+# @title Setup: run this cell first, and again whenever you like
+# It installs cmlib on Colab, nothing elsewhere, and never touches torch, numpy or ipywidgets.
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+REPO, TAG = "{repo}", "{tag}"  # the public address
+colab = Path("/content")
+places = [Path.cwd(), *Path.cwd().parents]
+places += [place for top in (colab, colab / "drive/MyDrive") if top.is_dir() for place in (top, *sorted(top.iterdir()))]
+home = next((str(place) for place in places if (place / "cmlib" / "__init__.py").is_file()), None)
+if home and home not in sys.path:
+    sys.path.insert(0, home)  # this copy of the course, also an uploaded one or one in a mounted Drive
+if not importlib.util.find_spec("cmlib") and colab.is_dir() and REPO:
+    subprocess.run(f"pip install -q --no-deps git+https://github.com/{{REPO}}@{{TAG}}".split(), check=True)
+    importlib.invalidate_caches()
+if not importlib.util.find_spec("cmlib"):
+    raise ModuleNotFoundError("cmlib is not here. Open this notebook inside the course's folder; on Colab, put that folder"
+                              " into /content or mount the Drive that holds it, and run this cell again.")
+
+import cmlib
+from cmlib import profiles
+
+profile = profiles.select()
+print(f"cmlib {{cmlib.__version__}}, profile {{profile.name}}, data set {{profile.dataset}}")
+"""
+
+
+def repository() -> str:
+    """owner/name from pyproject.toml, empty while it is undecided."""
+    found = re.search(r'^Repository = "https://github.com/([^"]+)"$', PYPROJECT.read_text(encoding="utf-8"), re.M)
+    return found.group(1) if found else ""
+
+
+def set_repository(name: str) -> None:
+    """Write owner/name into pyproject.toml, its one place."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise SystemExit(f"build: REPO is owner/name, got {name!r}")
+    text = PYPROJECT.read_text(encoding="utf-8")
+    line = f'Repository = "https://github.com/{name}"'
+    new, n = re.subn(r"^(# )?Repository = .*$", line, text, count=1, flags=re.M)
+    if not n:
+        raise SystemExit("build: pyproject.toml has no line `Repository = …` or `# Repository = …` under [project.urls]")
+    PYPROJECT.write_text(new, encoding="utf-8")
+
+
+def tag() -> str:
+    """v and the package's version."""
+    return "v" + re.search(r'__version__ = "(.+)"', (ROOT / "cmlib" / "__init__.py").read_text(encoding="utf-8")).group(1)
+
+
+def badge(path: Path) -> str:
+    """Markdown that opens `path` in Colab; without a public address, Colab's page for uploads."""
+    picture = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    if repository():
+        return f"{picture}(https://colab.research.google.com/github/{repository()}/blob/{tag()}/{path.relative_to(ROOT).as_posix()})"
+    return f"{picture}(https://colab.research.google.com/#upload=true) with the course's folder in your Drive"
+
+
+def told(seconds: float) -> str:
+    """A running time in words that don't change from run to run."""
+    return "under a minute" if seconds < 50 else f"about {round(seconds / 60) or 1} minute{'s' * (seconds >= 90)}"
+
+
+def times(name: str) -> str:
+    """The measured running times of a notebook."""
+    known = json.loads(TIMES.read_text()).get(name, {})
+    return "; ".join(f"{told(known[p])} {words}" for p, words in MACHINES.items() if p in known) or "not measured yet"
+
+
+def assemble(source: Path) -> NotebookNode:
+    """The notebook of a source, not executed: generated parts filled in, ids that follow from the cells' text."""
+    target = HERE / source.relative_to(HERE / "source").with_suffix(".ipynb")
+    notebook = jupytext.read(source)
+    notebook.metadata = nbformat.from_dict(KERNEL)
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    seen: set[str] = set()
+    for cell in notebook.cells:
+        if "setup" in cell.metadata.get("tags", []):
+            cell.source = SETUP.format(repo=repository(), tag=tag()).rstrip()
+        if {"setup", "solution"} & set(cell.metadata.get("tags", [])):
+            cell.metadata |= {"jupyter": {"source_hidden": True}, "cellView": "form"}  # folded, in JupyterLab and in Colab
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace("{badge}", badge(target)).replace("{times}", times(target.stem))
+        digest = hashlib.sha256(cell.source.encode()).hexdigest()[:8]
+        cell.id = next(i for k in range(99) if (i := digest + f"-{k}" * (k > 0)) not in seen)
+        seen.add(cell.id)
+    return notebook
+
+
+def targets(names: list[str]) -> dict[Path, Path]:
+    """source -> notebook, all or those whose names start with one of `names`."""
+    sources = [p for p in sorted((HERE / "source").rglob("*.py")) if not names or p.stem.startswith(tuple(names))]
+    if not sources:
+        raise SystemExit(
+            f"build: no source starts with {' or '.join(names)}; there are "
+            f"{', '.join(p.stem for p in sorted((HERE / 'source').rglob('*.py')))}"
+        )
+    return {p: HERE / p.relative_to(HERE / "source").with_suffix(".ipynb") for p in sources}
+
+
+def execute(notebook: NotebookNode, folder: Path, profile: str) -> float:
+    """Run it in place in this checkout, and return the seconds it took."""
+    os.environ |= {"CMLIB_PROFILE": profile, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
+    begin = time.perf_counter()
+    client = NotebookClient(
+        notebook, timeout=3600, store_widget_state=False, record_timing=False, resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute()
+    return time.perf_counter() - begin
+
+
+def tidy(notebook: NotebookNode) -> list[str]:
+    """Remove what no reader can use, and say what must not be committed."""
+    problems = []
+    notebook.metadata = nbformat.from_dict(KERNEL)
+    for k, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
+        for output in cell.outputs:
+            data, metadata = output.get("data", {}), output.get("metadata", {})
+            data.pop("application/vnd.jupyter.widget-view+json", None)  # it points at a kernel that is gone
+            text = json.dumps(output)
+            if output.output_type == "stream" and output.name == "stderr":
+                problems.append(f"code cell {k} wrote to stderr: {output.text[:200]}")
+            if str(ROOT) in text or " at 0x" in text:
+                problems.append(f"code cell {k} shows a path or an address of this machine")
+            if "image/png" in data and len(base64.b64decode(data["image/png"])) > LIMIT:
+                problems.append(f"code cell {k} has a figure over {LIMIT // 1000} kB")
+            if "image/png" in data and not metadata.get("image/png", {}).get("alt"):
+                problems.append(f"code cell {k} has a figure without alternative text; use plots.display")
+    return problems
+
+
+def build(source: Path, target: Path) -> None:
+    """Execute at profile cpu and write the notebook."""
+    notebook = assemble(source)
+    record(target.stem, "cpu", execute(notebook, target.parent, "cpu"))
+    problems = tidy(notebook)
+    for cell, fresh in zip(notebook.cells, assemble(source).cells, strict=True):  # its time may be new
+        cell.source, cell.id = fresh.source, fresh.id
+    target.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, target)
+    print(f"{target.relative_to(ROOT)}: {len(notebook.cells)} cells, {target.stat().st_size // 1000} kB")
+    if problems:
+        raise SystemExit("build: " + "\nbuild: ".join(problems))
+
+
+def record(name: str, profile: str, seconds: float) -> None:
+    """Keep a running time, unless the old one says the same in words."""
+    known = json.loads(TIMES.read_text()) if TIMES.exists() else {}
+    old = known.setdefault(name, {}).get(profile)
+    if old is None or told(old) != told(seconds):
+        known[name][profile] = round(seconds)
+    TIMES.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    print(f"{name}: {seconds:.0f} s at {profile}")
+
+
+def regenerate(source: Path, target: Path) -> None:
+    """Write the generated parts anew and keep the outputs."""
+    old, new = nbformat.read(target, 4), assemble(source)
+    generated = [
+        k for k, cell in enumerate(new.cells) if "setup" in cell.metadata.get("tags", []) or cell.cell_type == "markdown"
+    ]
+    same = len(old.cells) == len(new.cells) and all(
+        a.source == b.source for k, (a, b) in enumerate(zip(old.cells, new.cells, strict=True)) if k not in generated
+    )
+    if not same:
+        raise SystemExit(f"build: {target.name} is older than its source; run `make notebooks NB={target.stem[:2]}`")
+    for before, now in zip(old.cells, new.cells, strict=True):
+        if now.cell_type == "code":
+            now.outputs, now.execution_count = before.outputs, before.execution_count
+    nbformat.write(new, target)
+
+
+def drift(source: Path, target: Path) -> list[str]:
+    """How a notebook differs from what its source makes, and what else is wrong with it."""
+    name = target.relative_to(ROOT).as_posix()
+    if not target.exists():
+        return [f"{name} is missing"]
+    old, new = nbformat.read(target, 4), assemble(source)
+    nbformat.validate(old)
+    keys = [[(c.cell_type, c.id, c.source, c.metadata) for c in notebook.cells] for notebook in (old, new)]
+    problems = [] if keys[0] == keys[1] and old.metadata == new.metadata else ["differs from its source"]
+    if any(c.cell_type == "code" and c.source and c.execution_count is None for c in old.cells):
+        problems.append("has cells that were not executed")
+    return [f"{name} {p}; run `make notebooks NB={target.stem[:2]}`" for p in problems + tidy(old)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="which notebooks, by how their names start (default: all)")
+    parser.add_argument(
+        "--badges", nargs="?", const="", help="set the address to owner/name, write the generated cells, don't execute"
+    )
+    parser.add_argument("--check", action="store_true", help="fail where a notebook differs from its source")
+    parser.add_argument("--time", metavar="PROFILE", help="only execute at PROFILE and keep the time")
+    args = parser.parse_args()
+    if args.badges:
+        set_repository(args.badges)
+    problems: list[str] = []
+    for source, target in targets(args.names).items():
+        if args.check:
+            problems += drift(source, target)
+        elif args.time:
+            record(target.stem, args.time, execute(assemble(source), target.parent, args.time))
+            regenerate(source, target)
+        elif args.badges is not None:
+            regenerate(source, target)
+        else:
+            build(source, target)
+    if problems:
+        sys.exit("\n".join(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The notebooks as tests: one kernel a notebook at CMLIB_PROFILE (`ci` by default), the truth in the cells' asserts."""
+
+import os
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from cmlib.profiles import PROFILES
+
+PROFILE = os.environ.get("CMLIB_PROFILE", "ci")
+SECONDS = 60 if PROFILE == "ci" else 3600  # a notebook
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def tags(item):
+    return item.cell.metadata.get("tags", [])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    if getattr(item.parent, "failed", False):
+        pytest.skip("an earlier cell of this notebook failed")
+    if "gpu" in tags(item) and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with mock.patch.dict(
+        os.environ, {"CMLIB_PROFILE": PROFILE, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONPATH": path}
+    ):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    if "budget" in tags(item):
+        item.user_properties.append(("budget", True))
+    begin = time.perf_counter()
+    try:
+        result = yield
+        item.parent.seconds = getattr(item.parent, "seconds", 0) + time.perf_counter() - begin
+        if item.parent.seconds > SECONDS:
+            pytest.fail(f"{item.parent.name} took {item.parent.seconds:.0f} s up to here, at most {SECONDS} s are allowed")
+        return result
+    except BaseException:
+        item.parent.failed = True
+        raise
+
+
+def pytest_terminal_summary(terminalreporter):
+    reports = [r for rs in terminalreporter.stats.values() for r in rs if ".ipynb::" in getattr(r, "nodeid", "")]
+    notebooks = sorted({r.nodeid.split("::")[0] for r in reports})
+    if notebooks:
+        terminalreporter.section(f"notebooks at profile {PROFILE}")
+    for name in notebooks:
+        mine = [r for r in reports if r.nodeid.startswith(name + "::")]
+        terminalreporter.line(f"{name}: {sum(r.duration for r in mine):.1f} s, {len({r.nodeid for r in mine})} code cells")
+    spent = sum(r.duration for r in reports if ("budget", True) in r.user_properties) / 60
+    if spent:
+        terminalreporter.line(
+            f"rollouts and student training: {spent:.1f} minutes of the {PROFILES[PROFILE].minutes:g} that {PROFILE} has"
+        )

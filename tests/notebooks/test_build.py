@@ -1,0 +1,126 @@
+"""The committed notebooks are those of their sources, valid, and whole in a static rendering."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "notebooks"))
+
+import build  # noqa: E402
+
+PAIRS = build.targets([])
+
+
+@pytest.mark.parametrize("source", PAIRS, ids=lambda p: p.stem)
+def test_notebook_is_that_of_its_source(source):
+    assert not build.drift(source, PAIRS[source])
+
+
+@pytest.mark.parametrize("source", PAIRS, ids=lambda p: p.stem)
+def test_static_rendering_has_every_figure_with_its_alternative_text(source):
+    from nbconvert import HTMLExporter
+
+    notebook = nbformat.read(PAIRS[source], 4)
+    assert "widgets" not in notebook.metadata
+    html, _ = HTMLExporter().from_notebook_node(notebook)
+    outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
+    figures = sum("image/png" in o.get("data", {}) for o in outputs)
+    shown = re.findall(
+        r'<img[^>]*alt="([^"]+)"[^>]*src="data:image/png|<img[^>]*src="data:image/png[^"]*"[^>]*alt="([^"]+)"', html
+    )
+    assert len(shown) == figures > 0
+    assert "No description has been provided" not in html
+
+
+LESSONS = [p for p in PAIRS if p.parent.name == "source"]
+
+
+@pytest.mark.parametrize("source", LESSONS, ids=lambda p: p.stem)
+def test_lesson_has_what_every_lesson_has(source):
+    notebook = nbformat.read(PAIRS[source], 4)
+    tags = [c.metadata.get("tags", []) for c in notebook.cells]
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    assert "colab.research.google.com" in notebook.cells[0].source
+    assert sum("setup" in t for t in tags) == 1
+    assert sum("your-turn" in t for t in tags) >= 2 and text.count("<details>") >= 2
+    for here, after in zip(notebook.cells, notebook.cells[1:], strict=False):
+        if "your-turn" in here.metadata.get("tags", []):
+            assert "not done yet" in json.dumps(here.outputs)
+            assert "solution" in after.metadata.tags and after.metadata.jupyter.source_hidden
+            assert after.metadata.cellView == "form" and after.source.startswith("# @title Solution")
+            assert "assert check(" in after.source
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A folder with one tiny notebook and its source."""
+    (tmp_path / "notebooks" / "source").mkdir(parents=True)
+    (tmp_path / "cmlib").mkdir()
+    (tmp_path / "cmlib" / "__init__.py").write_text('__version__ = "9.8.7"\n')
+    (tmp_path / "pyproject.toml").write_text('[project.urls]\n# Repository = "…"\n')
+    source = tmp_path / "notebooks" / "source" / "01_tiny.py"
+    source.write_text('# %% [markdown]\n# # Tiny\n# {badge} {times}\n\n# %% tags=["setup"]\n\n# %%\nprint(1 + 1)\n')
+    for name, value in {
+        "ROOT": tmp_path, "HERE": tmp_path / "notebooks", "PYPROJECT": tmp_path / "pyproject.toml",
+        "TIMES": tmp_path / "notebooks" / "times.json",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(build, name, value)
+    build.TIMES.write_text('{"01_tiny": {"cpu": 130}}')
+    monkeypatch.setattr(sys, "argv", ["build"])
+    return source, tmp_path / "notebooks" / "01_tiny.ipynb"
+
+
+def write_executed(source, target):
+    notebook = build.assemble(source)
+    for k, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
+        cell.execution_count = k + 1
+        cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="2\n")]
+    nbformat.write(notebook, target)
+
+
+def test_any_drift_is_found(copy):
+    source, target = copy
+    assert "is missing" in build.drift(*copy)[0]
+    write_executed(*copy)
+    assert not build.drift(*copy)
+    source.write_text(source.read_text().replace("1 + 1", "1 + 2"))
+    assert "differs from its source" in build.drift(*copy)[0]
+    nbformat.write(build.assemble(source), target)
+    assert "not executed" in build.drift(*copy)[0]
+
+
+def test_badges_change_the_generated_cells_and_keep_the_outputs(copy, monkeypatch):
+    _, target = copy
+    write_executed(*copy)
+    assert "#upload=true" in target.read_text() and "about 2 minutes" in target.read_text()
+    for name in ("somebody/course", "else/where"):
+        monkeypatch.setattr(sys, "argv", ["build", "--badges", name])
+        build.main()
+        notebook = nbformat.read(target, 4)
+        assert f"github/{name}/blob/v9.8.7/notebooks/01_tiny.ipynb" in notebook.cells[0].source
+        assert f'REPO, TAG = "{name}", "v9.8.7"' in notebook.cells[1].source
+        assert notebook.cells[2].outputs[0].text == "2\n" and not build.drift(*copy)
+    assert build.PYPROJECT.read_text().count("Repository") == 1
+    with pytest.raises(SystemExit, match="owner/name"):
+        build.set_repository("https://github.com/a/b")
+
+
+def test_setup_finds_a_copy_and_says_clearly_where_there_is_none(copy, monkeypatch):
+    setup = build.SETUP.format(repo="", tag="v0")
+    monkeypatch.chdir(build.HERE)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="inside the course's folder"):
+        exec(setup, {})
+    assert sys.path[0] == str(build.ROOT), "the copy that holds this notebook comes first"
+    monkeypatch.undo()
+    before = list(sys.path)
+    monkeypatch.chdir(ROOT / "notebooks")
+    for _ in range(2):
+        exec(setup, {})
+    assert len(sys.path) <= len(before) + 1

@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test lint lab clean
+.PHONY: setup demo test test-t4 test-browser test-colab notebooks badges lint lab clean
 
 $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -15,8 +15,25 @@ setup: $(INSTALLED)  ## make .venv with the tested versions
 demo: $(INSTALLED)  ## the whole pipeline on 1,797 digits; QUICK=1 for 90 seconds, ARGS for more options
 	$(BIN)/cmlib demo $(if $(QUICK),--quick) $(ARGS)
 
-test: lint  ## linters, types, unit tests
+test: lint  ## linters, types, unit tests, and every notebook at profile ci
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-t4: $(INSTALLED)  ## the notebooks at profile t4, on a machine with a GPU; prints the time against the budget
+	CMLIB_PROFILE=t4 $(BIN)/python -m pytest --nbval-cell-timeout 3600 $(ARGS) notebooks
+
+test-browser: $(INSTALLED)  ## the explorers in JupyterLab, in Debian's Chromium; screenshots in runs/browser
+	$(BIN)/python -m pytest --browser -s $(ARGS) tests/browser
+
+test-colab: requirements.txt constraints-colab.txt  ## the notebooks under Colab's versions, in an environment of its own
+	$(PYTHON) -m venv runs/colab
+	runs/colab/bin/pip install -q --disable-pip-version-check -c constraints-colab.txt $(COLAB_TORCH) -r requirements.txt pytest pytest-xdist jupytext
+	PYTHONPATH=. OMP_NUM_THREADS=1 runs/colab/bin/python -m pytest -n 2 --dist loadfile $(ARGS) notebooks tests/test_widgets.py
+
+notebooks: $(INSTALLED)  ## regenerate and execute all of them, or NB=01
+	$(BIN)/python notebooks/build.py $(NB)
+
+badges: $(INSTALLED)  ## write the public address, REPO=owner/name, into pyproject.toml, the badges and the setup cells
+	$(BIN)/python notebooks/build.py --badges $(REPO)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -52,6 +52,14 @@ def display(figure: Figure, alt: str) -> None:
     show_bundle(data, metadata=metadata, raw=True)
 
 
+def tell(text: str) -> None:
+    """A sentence of a notebook that has measured numbers in it, as Markdown."""
+    from IPython.display import Markdown
+    from IPython.display import display as show_markdown
+
+    show_markdown(Markdown(text))
+
+
 def show(ax: Axes, image: Tensor, title: str = "") -> None:
     """Draw one image [C,H,W] in [-1, 1], nearest-neighbour."""
     pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) / 2).permute(1, 2, 0).numpy()

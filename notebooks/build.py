@@ -29,7 +29,7 @@ KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-MACHINES = {"ci": "to look around (CMLIB_PROFILE=ci)", "cpu": "on a laptop without a GPU", "t4": "on a GPU"}
+MACHINES = {"ci": "at profile ci", "cpu": "at cpu (two cores)", "t4": "at t4 (a GPU)"}
 SETUP = """\
 # @title Setup: run this cell first, and again whenever you like
 # It installs cmlib on Colab, nothing elsewhere, and never touches torch, numpy or ipywidgets.
@@ -41,7 +41,8 @@ from pathlib import Path
 REPO, TAG = "{repo}", "{tag}"  # the public address
 colab = Path("/content")
 places = [Path.cwd(), *Path.cwd().parents]
-places += [place for top in (colab, colab / "drive/MyDrive") if top.is_dir() for place in (top, *sorted(top.iterdir()))]
+for top in (colab, colab / "drive/MyDrive"):
+    places += [top, *sorted(top.glob("*"))]
 home = next((str(place) for place in places if (place / "cmlib" / "__init__.py").is_file()), None)
 if home and home not in sys.path:
     sys.path.insert(0, home)  # this copy of the course, also an uploaded one or one in a mounted Drive
@@ -49,8 +50,10 @@ if not importlib.util.find_spec("cmlib") and colab.is_dir() and REPO:
     subprocess.run(f"pip install -q --no-deps git+https://github.com/{{REPO}}@{{TAG}}".split(), check=True)
     importlib.invalidate_caches()
 if not importlib.util.find_spec("cmlib"):
-    raise ModuleNotFoundError("cmlib is not here. Open this notebook inside the course's folder; on Colab, put that folder"
-                              " into /content or mount the Drive that holds it, and run this cell again.")
+    raise ModuleNotFoundError(
+        "cmlib is not here. Open this notebook inside the course's folder; on Colab, put that folder"
+        " into /content or mount the Drive that holds it, and run this cell again."
+    )
 
 import cmlib
 from cmlib import profiles

@@ -12,14 +12,15 @@
 # - say what the score is, and move a point along the probability-flow ODE with it;
 # - say what a consistency model is, as a property of that ODE.
 #
-# **Time** {times}. **You need** Gaussians and variances, a little PyTorch. No GPU, no download, no training here.
+# **Time to run** {times}.
+#
+# **You need** Gaussians and variances, a little PyTorch. No GPU, no download, and nothing is trained here.
 
 # %% tags=["setup"]
 
 # %%
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import Markdown, display
 
 from cmlib import data, plots
 from cmlib.exercises import check
@@ -51,14 +52,12 @@ x = torch.full((20_000,), pixel)
 for beta in chain.betas[: n + 1]:
     x = (1 - beta).sqrt() * x + beta.sqrt() * torch.randn_like(x)
 
-display(
-    Markdown(f"After step n = {n} the copies of the pixel {pixel} have mean **{x.mean():.3f}** and variance **{x.var():.3f}**.")
-)
+plots.tell(f"At n = {n} the pixel {pixel} has mean **{x.mean():.3f}** and variance **{x.var():.3f}**.")
 
 # %% [markdown]
 # ## All steps at once
 #
-# Put one step into the next, with $\alpha = 1-\beta$:
+# Put one step into the next, with $\alpha = 1-\beta$ (the papers count steps from 1, the library's index n from 0):
 #
 # $$x_2 = \sqrt{\alpha_2}\left(\sqrt{\alpha_1}\,x_0 + \sqrt{1-\alpha_1}\,\varepsilon_1\right) + \sqrt{1-\alpha_2}\,\varepsilon_2.$$
 #
@@ -71,21 +70,16 @@ display(
 # ### Your turn: what is left of the image
 # Return $\bar\alpha$ for every step, from all the β.
 
-
 # %% tags=["your-turn"]
 def my_alpha_bar(betas):  # [T] -> [T]
     ...  # your code
-
 
 check("01.alpha_bar", my_alpha_bar);
 
 # %% tags=["solution"]
 # @title Solution
-
-
 def solution(betas):
     return torch.cumprod(1 - betas, dim=0)
-
 
 assert check("01.alpha_bar", solution)
 
@@ -93,21 +87,16 @@ assert check("01.alpha_bar", solution)
 # ### Your turn: jump to step n
 # Return $x_n$ from the clean image, unit noise and the number $\bar\alpha_n$. Watch which of the two factors needs a root.
 
-
 # %% tags=["your-turn"]
 def my_marginal(x0, eps, alpha_bar):  # [B,C,H,W], [B,C,H,W], a number -> [B,C,H,W]
     ...  # your code
-
 
 check("01.marginal", my_marginal);
 
 # %% tags=["solution"]
 # @title Solution
-
-
 def solution(x0, eps, alpha_bar):
     return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
-
 
 assert check("01.marginal", solution)
 
@@ -116,7 +105,7 @@ assert check("01.marginal", solution)
 
 # %%
 ab = chain.alpha_bar[n]
-display(Markdown(f"The formula says mean **{ab.sqrt() * pixel:.3f}** and variance **{1 - ab:.3f}**."))
+plots.tell(f"The formula says mean **{ab.sqrt() * pixel:.3f}** and variance **{1 - ab:.3f}**.")
 
 assert abs(x.mean() - ab.sqrt() * pixel) < 0.03 and abs(x.var() - (1 - ab)) < 0.03
 eps = indexed_normal(0, [0], x0.shape[1:])
@@ -151,7 +140,7 @@ schedule_explorer(x0[0])
 #
 # <details><summary>Answer</summary>
 #
-# σ is (nearly) the same: whether you recognise the digit depends on how much noise there is relative to the image, and on nothing else.
+# σ (nearly). Whether you recognise the digit depends on how much noise there is relative to the image, and on nothing else.
 # The index n is only a name for a noise level, and each schedule gives different names. The linear chain spends many steps where nothing
 # is left to see; that is why Nichol and Dhariwal made the cosine one.
 #
@@ -170,21 +159,16 @@ schedule_explorer(x0[0])
 # ### Your turn: σ
 # Return $\sigma_n$ from $\bar\alpha_n$.
 
-
 # %% tags=["your-turn"]
 def my_sigma(alpha_bar):  # a number in (0, 1) -> a number
     ...  # your code
-
 
 check("01.sigma", my_sigma);
 
 # %% tags=["solution"]
 # @title Solution
-
-
 def solution(alpha_bar):
     return ((1 - alpha_bar) / alpha_bar).sqrt()
-
 
 assert check("01.sigma", solution)
 
@@ -197,12 +181,11 @@ x_edm, sigma = chain.to_edm(chain.perturb(x0, eps, at), at)
 
 torch.testing.assert_close(x_edm, x0 + sigma * eps, rtol=1e-4, atol=1e-5)
 torch.testing.assert_close(chain.index(sigma), torch.tensor([float(n)]), rtol=0, atol=0.01)
-display(
-    Markdown(
-        f"The linear chain runs from σ = **{chain.sigma_min:.3g}** to σ = **{chain.sigma_max:.0f}**; at n = {n}, σ = {sigma.item():.2f}. "
-        f"The cosine chain reaches σ = 1 at n = **{chains[2].index(torch.ones(1)).item():.0f}**, "
-        f"the linear one at n = **{chain.index(torch.ones(1)).item():.0f}**."
-    )
+one = torch.ones(1)
+plots.tell(
+    f"The linear chain runs from σ = **{chain.sigma_min:.3g}** to **{chain.sigma_max:.0f}**; at n = {n}, σ = {sigma.item():.2f}."
+    f" It reaches σ = 1 at n = **{chain.index(one).item():.0f}**,"
+    f" the cosine chain at n = **{chains[2].index(one).item():.0f}**."
 )
 
 # %% [markdown]
@@ -222,7 +205,7 @@ display(
 # %%
 mixture = GaussianMixture(means=torch.tensor([[-1.0], [0.4], [1.2]]), std=0.12)
 clean = mixture.sample(4_000, torch.Generator().manual_seed(0))  # [4000,1]
-sigmas = torch.logspace(-2, 1, 120)  # ascending
+sigmas = torch.logspace(-2, 0.5, 120)  # ascending
 
 walk = [clean + sigmas[0] * torch.randn_like(clean)]
 for before, after in zip(sigmas, sigmas[1:], strict=False):
@@ -230,11 +213,7 @@ for before, after in zip(sigmas, sigmas[1:], strict=False):
 walk = torch.stack(walk)  # [120,4000,1]
 
 expected = (clean.var() + sigmas[-1] ** 2).sqrt()
-display(
-    Markdown(
-        f"At σ = {sigmas[-1]:.0f} the points have standard deviation **{walk[-1].std():.2f}**, as variances add up to **{expected:.2f}**."
-    )
-)
+plots.tell(f"At σ = {sigmas[-1]:.2f} their standard deviation is **{walk[-1].std():.2f}**; variances add up to **{expected:.2f}**.")
 assert abs(walk[-1].std() / expected - 1) < 0.05
 
 # %% [markdown]
@@ -246,21 +225,16 @@ assert abs(walk[-1].std() / expected - 1) < 0.05
 # ### Your turn: the score of a Gaussian
 # Data $\mathcal N(\mu, s^2)$, noise of level σ added to it. Differentiate the log-density of the sum.
 
-
 # %% tags=["your-turn"]
 def my_score(x, mean, std, sigma):  # any shape, numbers -> x's shape
     ...  # your code
-
 
 check("01.score", my_score);
 
 # %% tags=["solution"]
 # @title Solution
-
-
 def solution(x, mean, std, sigma):
     return (mean - x) / (std**2 + sigma**2)
-
 
 assert check("01.score", solution)
 
@@ -287,10 +261,9 @@ noisy = x0s + 0.5 * torch.randn_like(x0s)
 near = (noisy - 0.1).abs() < 0.02
 told = mixture.denoise(torch.tensor([[0.1]]), torch.tensor([0.5])).item()
 
-display(
-    Markdown(
-        f"Clean points behind x = 0.1 at σ = 0.5 average **{x0s[near].mean():.3f}** ({near.sum()} of them); Tweedie says **{told:.3f}**."
-    )
+plots.tell(
+    f"The {near.sum()} clean points behind x = 0.1 at σ = 0.5 average **{x0s[near].mean():.3f}**,"
+    f" Tweedie's formula says **{told:.3f}**."
 )
 assert abs(x0s[near].mean() - told) < 0.05
 
@@ -300,7 +273,7 @@ assert abs(x0s[near].mean() - told) < 0.05
 # <details><summary>Answer</summary>
 #
 # In squared error it is the best there is, and yet it may be like no image at all. At large σ any data point may lie behind x, so the
-# average is a grey blur between all of them. That is why one evaluation of a denoiser is no sampler, and why diffusion models take
+# average is a grey blur between all of them. That is why one evaluation of a denoiser makes no image, and why diffusion models take
 # many small steps. A consistency model does jump in one evaluation, but not to the average: to the end of a path. Which path comes next.
 #
 # </details>
@@ -319,21 +292,16 @@ assert abs(x0s[near].mean() - told) < 0.05
 # ### Your turn: the velocity
 # Return dx/dσ from the score.
 
-
 # %% tags=["your-turn"]
 def my_velocity(x, score, sigma):  # x and score of one shape, a number -> that shape
     ...  # your code
-
 
 check("01.velocity", my_velocity);
 
 # %% tags=["solution"]
 # @title Solution
-
-
 def solution(x, score, sigma):
     return -sigma * score
-
 
 assert check("01.velocity", solution)
 
@@ -346,12 +314,12 @@ for t, r in zip(sigmas.flip(0), sigmas.flip(0)[1:], strict=False):
     paths.append(mixture.ode_step(paths[-1], t.expand(4_000), r.expand(4_000), "heun"))
 paths = torch.stack(paths[::-1])  # ascending in σ, as `walk` is
 
-x_axis = torch.linspace(-4, 4, 200)
-density = torch.stack([mixture.log_prob(x_axis[:, None], s.expand(200)).exp() for s in sigmas], dim=1)
-shown = {"SDE: each point at random": walk[:, :8, 0], "ODE: the same start at the right, no chance": paths[:, :8, 0]}
+x_axis = torch.linspace(-6, 6, 300)
+density = torch.stack([mixture.log_prob(x_axis[:, None], s.expand(300)).exp() for s in sigmas], dim=1)
+shown = {"SDE: each point at random": walk[:, :8, 0], "ODE: no chance in it": paths[:, :8, 0]}
 plots.display(
     plots.flow(sigmas, x_axis, density, shown, "Two motions, one density (grey)"),
-    "Eight points over noise levels: jagged under the SDE, smooth under the ODE; both within the same grey density.",
+    "Eight points over noise levels: jagged under the SDE, smooth under the ODE, in the same grey density.",
 )
 
 # %% [markdown]
@@ -359,10 +327,11 @@ plots.display(
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(9, 2.6), layout="constrained")
-for ax, k in zip(axes, (20, 70, 95), strict=True):
+for ax, k in zip(axes, (20, 84, 105), strict=True):
     reach = 3 * float(walk[k].std())
     for cloud, name, colour in ((walk, "SDE", plots.COLOURS[0]), (paths, "ODE", plots.COLOURS[1])):
-        ax.hist(cloud[k, :, 0], bins=50, range=(-reach, reach), density=True, histtype="step", color=colour, label=name)
+        style = {"histtype": "step", "density": True, "color": colour, "label": name}
+        ax.hist(cloud[k, :, 0], bins=50, range=(-reach, reach), **style)
     line = torch.linspace(-reach, reach, 200)
     ax.plot(line, mixture.log_prob(line[:, None], sigmas[k].expand(200)).exp(), "k:", label="exact")
     ax.set(title=f"σ = {sigmas[k]:.2g}", xlabel="x", yticks=[])
@@ -371,7 +340,7 @@ axes[0].legend(frameon=False, fontsize=8)
 plots.display(figure, "Histograms of both clouds at three noise levels lie on the exact density.")
 
 quantiles = torch.linspace(0.05, 0.95, 19)
-apart = (walk[70, :, 0].quantile(quantiles) - paths[70, :, 0].quantile(quantiles)).abs().max()
+apart = (walk[84, :, 0].quantile(quantiles) - paths[84, :, 0].quantile(quantiles)).abs().max()
 assert apart < 0.15, "the two clouds must agree"
 
 # %% [markdown]
@@ -383,19 +352,13 @@ assert apart < 0.15, "the two clouds must agree"
 # A teacher computes f by walking. A consistency model is a network that has learned the answer. The oracle knows it exactly:
 
 # %%
-one = paths[:, :1, 0][::20]  # one path at six noise levels
-ends = mixture.consistency(one, sigmas[::20])
-display(
-    Markdown(
-        "Along one path x goes "
-        + ", ".join(f"{v:.2f}" for v in one[:, 0].flip(0).tolist())
-        + " and f(x, σ) is "
-        + ", ".join(f"**{v:.2f}**" for v in ends[:, 0].flip(0).tolist())
-        + "."
-    )
-)
+path = paths[::20, 0]  # one path at six noise levels, [6,1]
+ends = mixture.consistency(path, sigmas[::20])
+for name, values in (("x goes", path), ("f(x, σ) is", ends)):
+    plots.tell(f"Down the path {name} " + ", ".join(f"{v:.2f}" for v in values[:, 0].flip(0).tolist()) + ".")
+
 assert float(ends.max() - ends.min()) < 0.02, "f is constant along a path"
-assert torch.equal(mixture.consistency(one, torch.zeros(6)), one), "f(x, 0) = x"
+assert torch.equal(mixture.consistency(path, torch.zeros(6)), path), "f(x, 0) = x"
 
 # %% [markdown]
 # ## What you learned

@@ -22,7 +22,7 @@ test-t4: $(INSTALLED)  ## the notebooks at profile t4, on a machine with a GPU; 
 	CMLIB_PROFILE=t4 $(BIN)/python -m pytest --nbval-cell-timeout 3600 $(ARGS) notebooks
 
 test-browser: $(INSTALLED)  ## the explorers in JupyterLab, in Debian's Chromium; screenshots in runs/browser
-	$(BIN)/python -m pytest --browser -s $(ARGS) tests/browser
+	$(BIN)/python -m pytest -rs $(ARGS) tests/browser
 
 test-colab: requirements.txt constraints-colab.txt  ## the notebooks under Colab's versions, in an environment of its own
 	$(PYTHON) -m venv runs/colab

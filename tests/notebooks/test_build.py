@@ -1,7 +1,9 @@
 """The committed notebooks are those of their sources, valid, and whole in a static rendering."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -123,3 +125,20 @@ def test_setup_finds_a_copy_and_says_clearly_where_there_is_none(copy, monkeypat
     for _ in range(2):
         exec(setup, {})
     assert len(sys.path) <= len(before) + 1
+
+
+def test_a_failing_cell_ends_its_notebook_and_gpu_cells_wait_for_a_gpu(tmp_path):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    (folder / "conftest.py").write_text((ROOT / "notebooks" / "conftest.py").read_text())
+    cells = [nbformat.v4.new_code_cell(s) for s in ("import os; assert os.environ['CMLIB_PROFILE'] == 'ci'", "1 / 0", "1", "2")]
+    cells[0].metadata.tags = ["budget"]
+    cells.insert(1, nbformat.v4.new_code_cell("raise SystemError", metadata={"tags": ["gpu"]}))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "bad.ipynb")
+    command = ["-m", "pytest", "-rs", "-p", "no:cacheprovider", "--nbval-lax", "--nbval-current-env", "notebooks"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("CMLIB_PROFILE", None)
+    out = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
+    assert "1 failed, 1 passed, 3 skipped" in out
+    assert "needs a GPU" in out and "an earlier cell of this notebook failed" in out and "ZeroDivisionError" in out
+    assert "notebooks/bad.ipynb: " in out and "rollouts and student training: 0.0 minutes of the 0.5 that ci has" in out

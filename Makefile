@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+COLAB_TORCH ?= torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu
 INSTALLED := .venv/.installed
 
 .PHONY: setup demo test test-t4 test-browser test-colab notebooks badges lint lab clean
@@ -24,9 +25,11 @@ test-t4: $(INSTALLED)  ## the notebooks at profile t4, on a machine with a GPU; 
 test-browser: $(INSTALLED)  ## the explorers in JupyterLab, in Debian's Chromium; screenshots in runs/browser
 	$(BIN)/python -m pytest -rs $(ARGS) tests/browser
 
-test-colab: requirements.txt constraints-colab.txt  ## the notebooks under Colab's versions, in an environment of its own
+test-colab:  ## the notebooks under Colab's versions, in an environment of its own; COLAB_TORCH=torch==2.13.0 for another torch
 	$(PYTHON) -m venv runs/colab
-	runs/colab/bin/pip install -q --disable-pip-version-check -c constraints-colab.txt $(COLAB_TORCH) -r requirements.txt pytest pytest-xdist jupytext
+	runs/colab/bin/pip install -q --disable-pip-version-check $(COLAB_TORCH)
+	grep -v ^torch constraints-colab.txt > runs/colab/constraints.txt
+	runs/colab/bin/pip install -q --disable-pip-version-check -c runs/colab/constraints.txt -r requirements.txt pytest pytest-xdist
 	PYTHONPATH=. OMP_NUM_THREADS=1 runs/colab/bin/python -m pytest -n 2 --dist loadfile $(ARGS) notebooks tests/test_widgets.py
 
 notebooks: $(INSTALLED)  ## regenerate and execute all of them, or NB=01

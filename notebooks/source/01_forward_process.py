@@ -52,7 +52,8 @@ x = torch.full((20_000,), pixel)
 for beta in chain.betas[: n + 1]:
     x = (1 - beta).sqrt() * x + beta.sqrt() * torch.randn_like(x)
 
-plots.tell(f"At n = {n} the pixel {pixel} has mean **{x.mean():.3f}** and variance **{x.var():.3f}**.")
+mean, variance = x.mean(), x.var()
+plots.tell(f"At n = {n} the pixel {pixel} has mean **{mean:.3f}** and variance **{variance:.3f}**.")
 
 # %% [markdown]
 # ## All steps at once
@@ -213,7 +214,10 @@ for before, after in zip(sigmas, sigmas[1:], strict=False):
 walk = torch.stack(walk)  # [120,4000,1]
 
 expected = (clean.var() + sigmas[-1] ** 2).sqrt()
-plots.tell(f"At σ = {sigmas[-1]:.2f} their standard deviation is **{walk[-1].std():.2f}**; variances add up to **{expected:.2f}**.")
+plots.tell(
+    f"At σ = {sigmas[-1]:.2f} their standard deviation is **{walk[-1].std():.2f}**;"
+    f" variances add up to **{expected:.2f}**."
+)
 assert abs(walk[-1].std() / expected - 1) < 0.05
 
 # %% [markdown]
@@ -315,8 +319,9 @@ for t, r in zip(sigmas.flip(0), sigmas.flip(0)[1:], strict=False):
 paths = torch.stack(paths[::-1])  # ascending in σ, as `walk` is
 
 x_axis = torch.linspace(-6, 6, 300)
-density = torch.stack([mixture.log_prob(x_axis[:, None], s.expand(300)).exp() for s in sigmas], dim=1)
-shown = {"SDE: each point at random": walk[:, :8, 0], "ODE: no chance in it": paths[:, :8, 0]}
+density = [mixture.log_prob(x_axis[:, None], s.expand(300)).exp() for s in sigmas]
+density = torch.stack(density, dim=1)  # [300,120]
+shown = {"SDE: each point at random": walk[:, :8, 0], "ODE: no chance": paths[:, :8, 0]}
 plots.display(
     plots.flow(sigmas, x_axis, density, shown, "Two motions, one density (grey)"),
     "Eight points over noise levels: jagged under the SDE, smooth under the ODE, in the same grey density.",
@@ -337,7 +342,7 @@ for ax, k in zip(axes, (20, 84, 105), strict=True):
     ax.set(title=f"σ = {sigmas[k]:.2g}", xlabel="x", yticks=[])
 axes[0].set_ylabel("density")
 axes[0].legend(frameon=False, fontsize=8)
-plots.display(figure, "Histograms of both clouds at three noise levels lie on the exact density.")
+plots.display(figure, "At three noise levels both clouds' histograms lie on the exact density.")
 
 quantiles = torch.linspace(0.05, 0.95, 19)
 apart = (walk[84, :, 0].quantile(quantiles) - paths[84, :, 0].quantile(quantiles)).abs().max()
@@ -352,10 +357,11 @@ assert apart < 0.15, "the two clouds must agree"
 # A teacher computes f by walking. A consistency model is a network that has learned the answer. The oracle knows it exactly:
 
 # %%
-path = paths[::20, 0]  # one path at six noise levels, [6,1]
+path = paths[::20, 1]  # one path at six noise levels, [6,1]
 ends = mixture.consistency(path, sigmas[::20])
 for name, values in (("x goes", path), ("f(x, σ) is", ends)):
-    plots.tell(f"Down the path {name} " + ", ".join(f"{v:.2f}" for v in values[:, 0].flip(0).tolist()) + ".")
+    told = ", ".join(f"{v:.2f}" for v in values[:, 0].flip(0).tolist())
+    plots.tell(f"Down the path {name} {told}.")
 
 assert float(ends.max() - ends.min()) < 0.02, "f is constant along a path"
 assert torch.equal(mixture.consistency(path, torch.zeros(6)), path), "f(x, 0) = x"

@@ -267,7 +267,7 @@ class SCT(ECT):
     Each ingredient switches off alone, and with all off this is ECT: `reference` is "batch" (the training batch, which
     holds the source image), a tensor of images in [−1, 1] (the whole set), or None; `smooth` closes the gap a little every step
     instead of by stages; `edges` are ascending noise levels that cut the path into segments, r never below its own. f(x, t)
-    is then where a straight line to the segment's lower edge s aims: sample it segment by segment with `stable.to_edge`.
+    is then where a straight line to the segment's lower edge s aims: sample it with `stable.sample_phased`.
     """
 
     reference: str | Tensor | None = "batch"

@@ -1,13 +1,13 @@
-"""What a bootstrapped target is made of: scores without a network, and the segments of a phased path."""
+"""SCT's parts: scores without a network, the segments of a phased path and its sampler, guidance by an earlier self."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from cmlib.ops import expand_like
+from cmlib.ops import Network, expand_like
 
 
 def stable_denoised(x_t: Tensor, t: Tensor, reference: Tensor) -> Tensor:
@@ -53,3 +53,29 @@ def lower_edge(t: Tensor, edges: tuple[float, ...]) -> Tensor:
 def to_edge(x: Tensor, t: Tensor, s: Tensor, x0_hat: Tensor) -> Tensor:
     """x0_hat + (s/t)·(x − x0_hat): where the straight line from (x, t) to x0_hat passes s; x itself at t = s."""
     return x0_hat + expand_like(torch.where(s > 0, s / t, 0.0), x) * (x - x0_hat)
+
+
+@torch.no_grad()
+def sample_phased(f: Network, x: Tensor, sigma_max: float, edges: Sequence[float], eta: float = 1.0) -> Tensor:
+    """From (x, σ_max) segment by segment down to t = 0, one evaluation each: x <- to_edge(x, t, η·s, f(x, t)), t <- η·s.
+
+    `edges` ascend, as `SCT(edges=…)` had them. At an edge f has just changed its aim, and is at its worst; η < 1 skips
+    edges, landing a little below each (SCT's edge-skipping multistep sampling).
+    """
+    if not 0 < eta <= 1:
+        raise ValueError(f"eta lies in (0, 1], got {eta}")
+    t = torch.full((len(x),), float(sigma_max), device=x.device)
+    for edge in (*sorted(edges, reverse=True), 0.0):
+        s = torch.full_like(t, eta * edge)
+        x, t = to_edge(x, t, s, f(x, t)), s
+    return x
+
+
+def guided(f: Network, earlier: Network, strength: float) -> Network:
+    """(x, t) -> f + ω·(f − f_earlier): away from what a worse version of itself, an earlier EMA, would say (SCT)."""
+
+    def jump(x: Tensor, t: Tensor) -> Tensor:
+        out = f(x, t)
+        return out + strength * (out - earlier(x, t))
+
+    return jump

@@ -25,7 +25,7 @@ from cmlib.objectives import (
 from cmlib.ops import norm
 from cmlib.oracle import Gaussian, GaussianMixture
 from cmlib.process import DDPM, EDM
-from cmlib.stable import cached_score, gamma, lower_edge, stable_denoised, stable_score, to_edge
+from cmlib.stable import cached_score, gamma, guided, lower_edge, sample_phased, stable_denoised, stable_score, to_edge
 from cmlib.train import fit
 from tests.small import PointNet, seeded
 
@@ -399,6 +399,33 @@ def test_a_phased_target_is_reached_at_its_own_edge():
     loss, _ = sct(lambda x, t: x, lambda x, t: 1e6 + x, {"x0": x0}, 0, seeded(1))
     at_edge = (r == 0.5) | (r == 0)  # where the target is x_r, whatever f⁻ says
     assert 50 < int(at_edge.sum()) < 256 and loss[at_edge].max() < 1e3 < 1e4 < loss[~at_edge].min()
+
+
+def test_phased_sampling_follows_the_ode_edge_by_edge():
+    """With the exact phased function, η = 1 ends where the ODE does; η < 1 leaves the path by what the line misses."""
+    edges, z = (0.5, 3.0), torch.randn(200, 2, generator=seeded())
+    counted = []
+
+    def phased(x, t):  # aims so that the line from (x, t) passes the ODE's point at the lower edge
+        counted.append(len(x))
+        s = lower_edge(t, edges)
+        at_s = MIXTURE.consistency(x, t, float(s[0]))
+        return (at_s - (s / t)[:, None] * x) / (1 - s / t)[:, None]
+
+    truth = MIXTURE.consistency(80 * z, torch.full((200,), 80.0))
+    error = {eta: float((sample_phased(phased, 80 * z, 80.0, edges, eta) - truth).norm() / truth.norm()) for eta in (1, 0.9)}
+    assert counted == [200] * 6
+    assert error[1] < 1e-3 < error[0.9] < 0.1
+    assert torch.equal(sample_phased(lambda x, t: x / 2, z, 80.0, ()), z / 2)
+    with pytest.raises(ValueError, match="eta lies in"):
+        sample_phased(phased, z, 80.0, edges, 0.0)
+
+
+def test_guidance_leads_away_from_the_earlier_self():
+    x, t = torch.randn(3, 2, generator=seeded()), torch.ones(3)
+    f, earlier = (lambda x, t: 3 * x), (lambda x, t: 2 * x)
+    assert torch.equal(guided(f, earlier, 0.0)(x, t), 3 * x)
+    torch.testing.assert_close(guided(f, earlier, 0.5)(x, t), 3.5 * x)
 
 
 # ---- the brief's variants

@@ -243,7 +243,7 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     indices, distance = evaluate.reconstruction_error(f, few, teacher.process, profile.timesteps, args.seed, f.sigma_max)
     sigma = teacher.process.sigma(indices)
     noise = indexed_normal(pipeline.SAMPLING_SEED + args.seed, range(64), shape, 7)
-    levels, gap = evaluate.self_consistency_gap(f, teacher, noise)
+    levels, gap = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps)
     curve = plots.curves(
         {"student": plots.binned(sigma, distance)}, "noise level σ", "‖f(x_t, t) − x0‖", "Distance to the image"
     )

@@ -64,7 +64,7 @@ class Features:
     def of(
         cls, dataset: str, out: Path, images: Tensor, labels: Tensor | None, held_out: tuple[Tensor, Tensor | None]
     ) -> Features:
-        """The shipped classifier of `dataset`, else one trained on its labels for a minute or two and kept in `out`."""
+        """The shipped classifier of `dataset`, else one trained on its labels for a few minutes and kept in `out`."""
         path = shipped(f"{dataset}_classifier.safetensors")
         if not path.exists():
             path = out / f"classifier-{data.fingerprint(images)}.safetensors"
@@ -79,7 +79,7 @@ class Features:
                 new,
                 evaluate.Classification(labels),
                 stream,
-                700,
+                min(700, 5 * len(images) // 64),
                 lr=2e-3,
                 warmup=50,
                 weight_decay=1e-2,

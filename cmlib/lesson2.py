@@ -54,9 +54,7 @@ EXERCISES = {
             "noise enters with its standard deviation √(1 − ᾱ), the image with √ᾱ; you left both roots out": (
                 lambda x, eps, alpha_bar: (x - (1 - alpha_bar) * eps) / alpha_bar
             ),
-            "the noise in x is √(1 − ᾱ)·ε; you took away the whole ε": (
-                lambda x, eps, alpha_bar: (x - eps) / alpha_bar.sqrt()
-            ),
+            "the noise in x is √(1 − ᾱ)·ε; you took away the whole ε": (lambda x, eps, alpha_bar: (x - eps) / alpha_bar.sqrt()),
             "x is in the chain's coordinates; x − σ·ε is right for x0 + σ·ε, so divide x by √ᾱ, too": (
                 lambda x, eps, alpha_bar: x - ((1 - alpha_bar) / alpha_bar).sqrt() * eps
             ),

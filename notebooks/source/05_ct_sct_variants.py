@@ -23,6 +23,7 @@
 # %%
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -35,7 +36,15 @@ from cmlib import compare, curricula, data, plots
 from cmlib.consistency import ConsistencyFunction
 from cmlib.continuous import jvp
 from cmlib.exercises import check
-from cmlib.objectives import ECT, ICT, SCT, ConsistencyDistillation, ConsistencyTraining, ScoreCorrected, coupled
+from cmlib.objectives import (
+    ECT,
+    ICT,
+    SCT,
+    ConsistencyDistillation,
+    ConsistencyTraining,
+    ScoreCorrected,
+    coupled,
+)
 from cmlib.ops import mse
 from cmlib.oracle import Gaussian, GaussianMixture
 from cmlib.pipeline import load_teacher
@@ -47,7 +56,8 @@ from cmlib.widgets import consistency_map
 
 torch.manual_seed(0)
 means = torch.tensor([[1.0, 0.5], [-1.0, 1.0], [0.0, -1.2]])
-mixture = GaussianMixture(means, 0.5, torch.tensor([5.0, 3.0, 2.0]))  # points in the plane, everything known
+weights = torch.tensor([5.0, 3.0, 2.0])
+mixture = GaussianMixture(means, 0.5, weights)  # points in the plane, everything known
 
 # %% [markdown]
 # ## The step that needed a teacher
@@ -90,10 +100,11 @@ x_t = x0 + t * torch.randn_like(x0)
 near = (x_t - place).norm(dim=1) < 0.06
 estimates = (x0[near] - x_t[near]) / t**2
 exact = mixture.score(place, torch.tensor([t]))[0]
+mean, off = estimates.mean(0), (estimates - exact).norm(dim=1).mean()
 
 plots.tell(
-    f"{near.sum()} estimates: mean **({estimates[:, 0].mean():.2f}, {estimates[:, 1].mean():.2f})**, the score is"
-    f" **({exact[0]:.2f}, {exact[1]:.2f})**; a single one is off by {(estimates - exact).norm(dim=1).mean():.2f}, typically."
+    f"{near.sum()} estimates: mean **({mean[0]:.2f}, {mean[1]:.2f})**, the score is"
+    f" **({exact[0]:.2f}, {exact[1]:.2f})**; a single one is off by {off:.2f}, typically."
 )
 assert (estimates.mean(0) - exact).norm() < 0.15
 
@@ -165,7 +176,8 @@ torch.testing.assert_close(x_r, ode_step(lambda x, t: x0, x_t, t, r, "ddim"))
 # And we try one other distance, |·|, for which the best answer is not the mean but the **median**.
 
 # %%
-line = GaussianMixture(torch.tensor([[-1.0], [0.4], [1.2]]).double(), 0.3, torch.tensor([5.0, 2.0, 3.0]).double())
+centres, shares = torch.tensor([[-1.0], [0.4], [1.2]]).double(), torch.tensor([5.0, 2.0, 3.0]).double()
+line = GaussianMixture(centres, 0.3, shares)
 x, T = torch.linspace(-10, 10, 401).double(), 3.0
 squares = (x[:, None] - x) ** 2
 
@@ -185,7 +197,8 @@ def backup(f, r, t, pairs):  # the table at r -> the table at t
     x_r = x[:, None] + (r - t) / t * (x[:, None] - x)
     if pairs == "shared":
         return (weights * value(f, x_r)).sum(1)
-    middle = (weights.cumsum(1) < 0.5).sum(1, keepdim=True)  # f grows with x, so the median of f is f of the median
+    # f grows with x, so the median of f is f of the median
+    middle = (weights.cumsum(1) < 0.5).sum(1, keepdim=True)
     return value(f, x_r.gather(1, middle)[:, 0])
 
 def sweep(n, pairs):  # n levels of noise above the data, up to T
@@ -210,7 +223,8 @@ for how, colour, style in zip(names, plots.COLOURS, ("-", "--", "-."), strict=Fa
     right.plot(counts, rms[how], style, marker="o", ms=4, color=colour, label=names[how])
 left.set(xlim=(-8, 8), xlabel=f"x at t = {T:g}", ylabel="f(x, t)", title="What one evaluation answers")
 left.legend(frameon=False, fontsize=7)
-right.set(xscale="log", yscale="log", xlabel="number of levels N", ylabel="RMS distance to the exact f", title="More levels")
+right.set(xscale="log", yscale="log", xlabel="number of levels N", title="More levels")
+right.set_ylabel("RMS distance to the exact f")
 right.set_xticks(counts, counts)
 right.set_yticks([0.05, 0.1, 0.2, 0.5, 1], ["0.05", "0.1", "0.2", "0.5", "1"])
 right.minorticks_off()
@@ -223,8 +237,9 @@ plots.display(
 )
 drift = float((tables["chunk"][-1] - denoised).abs().max())
 plots.tell(
-    f"From 1 level to {counts[-1]}: one ε goes from **{rms['shared'][0]:.2f}** to **{rms['shared'][-1]:.2f}**, fresh chunks stay at"
-    f" **{rms['chunk'][-1]:.2f}**, nowhere further than {drift:.3f} from the denoiser; |·| ends at **{rms['median'][-1]:.2f}**."
+    f"From 1 level to {counts[-1]}: one ε goes from **{rms['shared'][0]:.2f}** to **{rms['shared'][-1]:.2f}**,"
+    f" fresh chunks stay at **{rms['chunk'][-1]:.2f}**, nowhere further than {drift:.3f} from the denoiser;"
+    f" |·| ends at **{rms['median'][-1]:.2f}**."
 )
 assert rms["shared"][-1] < 0.1 * rms["shared"][0] and (rms["shared"].diff() < 0).all()
 assert drift < 0.03 and rms["median"][-1] > 2 * rms["shared"][-1]
@@ -301,12 +316,14 @@ def targets(t, ratio=0.8):  # -> {name: x_r [STATES,DRAWS,2]}, and V
     V = posterior @ everyone.pow(2).sum(1) - (posterior @ everyone).pow(2).sum(1)
     x = x[:, None].expand(-1, DRAWS, -1)
     chunk = r * (1 - ratio**2) ** 0.5 * torch.randn(x.shape, generator=generator)
-    found = {"fresh chunk": source + ratio**2 * (x - source) + chunk, "one ε": source + ratio * (x - source)}
+    away = x - source
+    found = {"fresh chunk": source + ratio**2 * away + chunk, "one ε": source + ratio * away}
     for size in (16, 256):
         others = mixture.sample(STATES * DRAWS * (size - 1), generator).view(-1, size - 1, 2)
         references = torch.cat([source.reshape(-1, 1, 2), others], dim=1)
         one = torch.vmap(lambda x, refs, level=t: stable_denoised(x[None], torch.tensor([level]), refs)[0])
-        found[f"stable, {size} references"] = x + (ratio - 1) * (x - one(x.reshape(-1, 2), references).view_as(x))
+        x0_hat = one(x.reshape(-1, 2), references).view_as(x)
+        found[f"stable, {size} references"] = x + (ratio - 1) * (x - x0_hat)
     n = torch.ones(STATES * DRAWS)
     found["exact step"] = mixture.ode_step(x.reshape(-1, 2), t * n, r * n).view_as(x)
     return found, V.mean()
@@ -316,9 +333,12 @@ def variance(x_r):
 
 t, ratio = 1.5, 0.8
 found, V = targets(t)
-theory = {"one ε": (1 - ratio) ** 2 * V, "fresh chunk": (1 - ratio**2) ** 2 * V + 2 * (ratio * t) ** 2 * (1 - ratio**2)}
-rows = [f"| {name} | {variance(x_r):.5f} | {f'{theory[name]:.5f}' if name in theory else ''} |" for name, x_r in found.items()]
-plots.tell("\n".join([f"| target at t = {t}, r = {ratio * t:.1f} | variance, measured | theory |", "|---|---|---|", *rows]))
+rest = 1 - ratio**2
+theory = {"one ε": (1 - ratio) ** 2 * V, "fresh chunk": rest**2 * V + 2 * (ratio * t) ** 2 * rest}
+rows = [f"| target at t = {t}, r = {ratio * t:.1f} | variance, measured | theory |", "|---|---|---|"]
+for name, x_r in found.items():
+    rows.append(f"| {name} | {variance(x_r):.5f} | {f'{theory[name]:.5f}' if name in theory else ''} |")
+plots.tell("\n".join(rows))
 
 for name in theory:
     assert abs(variance(found[name]) / theory[name] - 1) < 0.15
@@ -340,10 +360,11 @@ for ax, (name, x_r), colour in zip(axes, found.items(), plots.COLOURS, strict=Fa
     ax.set_title(name, fontsize=10)
 axes[0].set_ylabel("second coordinate")
 axes[0].legend(frameon=False, fontsize=7)
-figure.suptitle(f"Sixty targets for one x_t, seen from the ODE's (t = {t}, r = {ratio * t:.1f})", fontsize=11)
+figure.suptitle(f"Sixty targets for one x_t, seen from the ODE's (t = {t}, r = {ratio * t:.1f})")
 plots.display(
     figure,
-    "Clouds of targets around the ODE's point: wide with fresh chunks, smaller with one noise, tiny with 256 references.",
+    "Clouds of targets around the ODE's point: wide with fresh chunks, smaller with one noise,"
+    " tiny with 256 references.",
 )
 
 # %% [markdown]
@@ -362,7 +383,8 @@ def sharing(size, level, n=200):
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.5), layout="constrained")
 for name, colour, style in zip(list(over[0])[:4], plots.COLOURS, ("-", "--", "-.", ":"), strict=False):
     left.plot(levels, [row[name] for row in over], style, color=colour, label=name)
-left.set(xscale="log", yscale="log", xlabel="noise level t", ylabel="variance of x_r at r = 0.8·t", title="Points in the plane")
+left.set(xscale="log", yscale="log", xlabel="noise level t", title="Points in the plane")
+left.set_ylabel("variance of x_r at r = 0.8·t")
 for size, colour, style in ((len(digits), plots.COLOURS[0], "-"), (200, plots.COLOURS[1], "--")):
     share = [sharing(size, float(level)).mean() for level in levels]
     right.plot(levels, share, style, color=colour, label=f"{size:,} references")
@@ -376,12 +398,12 @@ plots.display(
     "Left: variance of four targets against noise level; references help more the larger it is."
     " Right: on digits the weight is on one reference at small noise and on hundreds at large noise.",
 )
-last = over[-1]
+gain = {size: over[-1]["one ε"] / over[-1][f"stable, {size} references"] for size in (16, 256)}
 plots.tell(
     f"At t = {levels[-1]:.0f} the references are all alike, and the variance falls as one over their number:"
-    f" by **{last['one ε'] / last['stable, 16 references']:.0f}** with 16, by **{last['one ε'] / last['stable, 256 references']:.0f}** with 256."
+    f" by **{gain[16]:.0f}** with 16, by **{gain[256]:.0f}** with 256."
 )
-assert 12 < last["one ε"] / last["stable, 16 references"] < 21 and 180 < last["one ε"] / last["stable, 256 references"] < 350
+assert 12 < gain[16] < 21 and 180 < gain[256] < 350
 
 # %% [markdown]
 # **Question.** On digits, the references don't help at small t. Why is that no loss? And what if the reference is the whole
@@ -438,12 +460,13 @@ candidates = {
 baseline = {name: error(f) for name, f in candidates.items()}
 plots.display(
     plots.curves(baseline, "noise level t", "RMS distance to the exact f", "f from the score alone", log_y=True),
-    "Distance to the exact f against noise level: the wrong sign is worse than doing nothing, gamma S(S − σ_d) is best overall.",
+    "Distance to the exact f against noise level: the wrong sign is worse than doing nothing,"
+    " gamma S(S − σ_d) is best overall.",
 )
 small = [float(baseline[name][1][1]) for name in baseline]
 plots.tell(
-    f"At t = {baseline['γ = t²/2'][0][1]:.3f} the wrong sign is off by **{small[0]:.1e}**, x itself by **{small[1]:.1e}**,"
-    f" Tweedie by **{small[2]:.1e}**, γ = t²/2 by **{small[3]:.1e}**."
+    f"At t = {baseline['γ = t²/2'][0][1]:.3f} the wrong sign is off by **{small[0]:.1e}**,"
+    f" x itself by **{small[1]:.1e}**, Tweedie by **{small[2]:.1e}**, γ = t²/2 by **{small[3]:.1e}**."
 )
 assert small[3] < 0.1 * small[1] and small[0] > 1.5 * small[1] and 0.7 < small[2] / small[1] < 1.4
 
@@ -523,14 +546,14 @@ a.set(yscale="log", xlabel="step k of 1,000", ylabel="N(k)", title="How many lev
 b.plot(steps, [1 / (1 - curricula.ct_mu(k, K)) for k in steps], color=plots.COLOURS[0], label="CT")
 b.plot(steps, [1.0 for _ in steps], "--", color=plots.COLOURS[1], label="iCT, ECT, SCT: f itself, μ = 0")
 b.set(yscale="log", xlabel="step k of 1,000", ylabel="1/(1 − μ(k)), steps", title="How far the target lags")
-for name, grid, law, colour, style in (
-    ("CT, N = 151: uniform", EDM().grid(151), lambda grid: torch.full((150,), 1 / 150), plots.COLOURS[0], "-"),
-    ("iCT, N = 1,281", EDM().grid(1_281), curricula.lognormal_bins, plots.COLOURS[1], "--"),
-):
-    c.plot(grid[1:], law(grid) / grid.log().diff(), style, color=colour, label=name)
+grid, fine = EDM().grid(151), EDM().grid(1_281)
+c.plot(grid[1:], 1 / 150 / grid.log().diff(), color=plots.COLOURS[0], label="CT, N = 151: uniform")
+law = curricula.lognormal_bins(fine) / fine.log().diff()
+c.plot(fine[1:], law, "--", color=plots.COLOURS[1], label="iCT, N = 1,281")
 normal = torch.distributions.Normal(-1.1, 2.0)
 c.plot(t, normal.log_prob(t.log()).exp(), ":", color=plots.COLOURS[2], lw=2, label="ECT, SCT")
-c.set(xscale="log", xlim=(0.002, 80), ylim=(0, 0.3), xlabel="noise level t", ylabel="p(ln t)", title="Where it trains")
+c.set(xscale="log", xlim=(0.002, 80), ylim=(0, 0.3), xlabel="noise level t", ylabel="p(ln t)")
+c.set_title("Where it trains")
 for stage in range(8):
     d.plot(t, curricula.ect_r(t, stage) / t, color=plt.cm.viridis(stage / 8), label=f"stage {stage}")
 d.set(xscale="log", xlabel="noise level t", ylabel="r/t", title="How close the pair is: ECT, q = 2")
@@ -588,7 +611,8 @@ for k, batch in zip(range(updates), batches(0), strict=False):
 
 by_hand, denoiser = error(f)[1], baseline["γ = t²: Tweedie's denoiser"][1]
 plots.tell(
-    f"After {updates} updates, from pure noise: **{by_hand[-1]:.2f}** from the exact f. The denoiser: {denoiser[-1]:.2f}."
+    f"After {updates} updates, from pure noise: **{by_hand[-1]:.2f}** from the exact f."
+    f" The denoiser: {denoiser[-1]:.2f}."
 )
 assert by_hand[-1] < 0.85 * denoiser[-1]
 
@@ -597,7 +621,7 @@ assert by_hand[-1] < 0.85 * denoiser[-1]
 # Distillation by the *exact* teacher is there to compare with, and the denoiser is what all would be without the bootstrap.
 
 # %%
-references = mixture.sample(1_000, torch.Generator().manual_seed(77))
+references = mixture.sample(500, torch.Generator().manual_seed(77))
 EXACT = EDM(0.002, 80.0).grid(24)
 runs = {
     "CT, fresh chunks": (ConsistencyTraining(updates, s1=20, coupling="chunk"), 2e-3),
@@ -605,37 +629,43 @@ runs = {
     "iCT": (ICT(updates), 1e-3),
     "ECT": (ECT(updates), 1e-3),
     "SCT, the batch": (SCT(updates), 1e-3),
-    "SCT, 1,000 references": (SCT(updates, reference=references), 1e-3),
+    "SCT, 500 references": (SCT(updates, reference=references), 1e-3),
     "ECT, squared error": (ECT(updates, distance=mse), 2e-3),
     "ECT + score term": (ScoreCorrected(ECT(updates), stable_score(references), sigma_data=1.0), 1e-3),
     "CD, exact teacher": (ConsistencyDistillation(mixture, EXACT, mu=0.95), 2e-3),
 }
 settings = {"weight_decay": 0.0, "ema": 0.99}
-trained = {
-    name: [
-        fit(student(seed), objective, batches, updates, lr=lr, seed=seed, name=f"{name}, seed {seed}", **settings)[0].cpu()
-        for seed in (0, 1)
-    ]
-    for name, (objective, lr) in runs.items()
-}
+trained = {name: [] for name in runs}
+for name, (objective, lr) in runs.items():
+    for seed in (0, 1):
+        settings |= {"lr": lr, "seed": seed, "name": f"{name}, seed {seed}"}
+        trained[name].append(fit(student(seed), objective, batches, updates, **settings)[0].cpu())
 
 # %%
-errors = {name: torch.stack([error(f)[1] for f in fs]) for name, fs in trained.items()}  # [2 seeds,12 levels]
+errors = {name: torch.stack([error(f)[1] for f in fs]) for name, fs in trained.items()}  # [seeds,levels]
 middle = error(mixture.denoise)[0]
 low, mid, high = middle < 0.3, (middle > 0.3) & (middle < 5), middle > 20
 
+def over_levels(found, where):  # [seeds]
+    return found[:, where].pow(2).mean(1).sqrt()
+
 def cell(found, where):
-    of = found[:, where].pow(2).mean(1).sqrt()
+    of = over_levels(found, where)
     return f"{of.mean():.3f} ± {(of.max() - of.min()) / 2:.3f}"
 
-rows = {"*the denoiser*": denoiser[None], **dict(sorted(errors.items(), key=lambda item: float(item[1][:, mid].mean())))}
-table = [f"| {name} | {cell(found, low)} | {cell(found, mid)} | {cell(found, high)} |" for name, found in rows.items()]
-plots.tell("\n".join([f"| {updates} updates | t < 0.3 | 0.3 < t < 5 | t > 20 |", "|---|---|---|---|", *table]))
+order = sorted(errors, key=lambda name: float(over_levels(errors[name], mid).mean()))
+rows = {"*the denoiser*": denoiser[None], **{name: errors[name] for name in order}}
+table = [f"| {updates} updates | t < 0.3 | 0.3 < t < 5 | t > 20 |", "|---|---|---|---|"]
+for name, found in rows.items():
+    table.append(f"| {name} | {cell(found, low)} | {cell(found, mid)} | {cell(found, high)} |")
+plots.tell("\n".join(table))
 
-shown = {name: (middle, errors[name].mean(0)) for name in list(runs)[:6]} | {"the denoiser": (middle, denoiser)}
+shown = {name: (middle, errors[name].mean(0)) for name in list(runs)[:6]}
+shown["the denoiser"] = middle, denoiser
 plots.display(
     plots.curves(shown, "noise level t", "RMS distance to the exact f", f"After {updates} updates", log_y=True),
-    "Distance to the exact f against noise level: fresh chunks coincide with the denoiser, all others lie well below it at high noise.",
+    "Distance to the exact f against noise level: at high noise fresh chunks coincide with the denoiser,"
+    " the others lie below.",
 )
 chunk = errors["CT, fresh chunks"].mean(0)
 assert abs(chunk[high].mean() / denoiser[high].mean() - 1) < 0.1, "fresh chunks train a denoiser"
@@ -645,13 +675,14 @@ for name, found in errors.items():
 # %% [markdown]
 # How to read it:
 #
-# - **Fresh chunks** lie on the denoiser at high noise, as the table on the grid foretold.
-# - **CT** pays at small t, where its one EMA and its few levels are coarse, and its lagging target needs the longest for truth
-#   to reach the highest noise.
-# - **ECT with squared error against ECT, and SCT against ECT**: the scatter of the target and the norm's bias. With enough
-#   updates (profile `cpu` or longer) the ones with less of either come out ahead in the middle, where the posterior is
-#   broadest. In the shortest run they can't be told apart: they have not yet come down to where it matters.
-# - **The score term** changes little: where it is exact (small t), the boundary has already done the work.
+# - **Fresh chunks** lie on the denoiser at high noise, as the grid foretold.
+# - **CT and CD** learn from an EMA, which lags. In the shortest run (profile `ci`), truth has hardly reached the highest noise
+#   with them; in a longer one it has.
+# - **ECT, with the norm**, has the bias that we saw on the grid, in the middle, where the posterior is broadest. There are two
+#   ways out, and both help: the squared error (which is not ahead at the highest noise), and SCT's targets, which scatter less,
+#   so that their mean and their median agree. The shortest run only begins to show it.
+# - **The score term** changes little: where it is exact, at small t, the boundary has already done the work.
+# - **An exact teacher** is no guarantee: with few updates, its few levels and its lagging target count for more.
 #
 # And how not to: step sizes were chosen once, by hand, for two coordinates and for a short budget. This ranking shows
 # mechanisms; it says nothing about images.
@@ -690,7 +721,8 @@ plots.tell(
     f"The JVP's size: **{along_pair.norm(dim=1).mean():.2g}** along the pair (x0, ε),"
     f" **{along_ode.norm(dim=1).mean():.0e}** along the ODE."
 )
-assert gaps[0.001] < 0.15 * gaps[0.01] < 0.03 * gaps[0.1] and along_ode.norm(dim=1).max() < 1e-4 < along_pair.norm(dim=1).mean()
+assert gaps[0.001] < 0.15 * gaps[0.01] < 0.03 * gaps[0.1]
+assert along_ode.norm(dim=1).max() < 1e-4 < along_pair.norm(dim=1).mean()
 
 # %% [markdown]
 # Along the ODE the derivative of the exact f is zero: the PDE of lesson 4. Along a single pair it isn't. It is the TD error,
@@ -736,8 +768,8 @@ if committed.exists():
     compared = json.loads(committed.read_text())
 else:
     with tempfile.TemporaryDirectory() as folder:
-        objectives = ("consistency-distillation", "sct")
-        compared = compare.run(objectives, (0,), 512, False, CI, load_teacher("digits_teacher"), Path(folder))
+        names, tiny = ("consistency-distillation", "sct"), replace(CI, samples=100)
+        compared = compare.run(names, (0,), 512, False, tiny, load_teacher("digits_teacher"), Path(folder))
 
 plots.tell(compare.markdown(compared))
 if len(compared["baselines"]) > 1:

@@ -282,6 +282,8 @@ def fid_explorer(n: Sequence[int], distances: Mapping[str, np.ndarray], name: st
         ax.plot(n, values.mean(0), style, color=colour, label=label)
     marker = ax.axvline(n[-1], color="black", lw=1)
     ax.set(xlabel="number of images N", ylabel=name, xscale="log", title=f"{name}: the same images, counted differently")
+    ax.set_xticks(n, [str(v) for v in n])
+    ax.minorticks_off()
     ax.legend(frameon=False)
     picture = _animate(canvas, [marker])
 

@@ -7,10 +7,11 @@ only Inception's is called FID. Numbers are comparable at equal features, refere
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
@@ -104,7 +105,7 @@ def features(classifier: Classifier, images: Tensor, batch_size: int = 500) -> T
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """‖μ−μ'‖² + tr(Σ + Σ' − 2(ΣΣ')^½) of two feature sets [N,d] (Heusel et al. 2017, eq. 6), by torchmetrics.
 
-    Biased upwards by an amount of order d/N: compare at equal N only.
+    Biased upwards by about c/N, c of the order of tr Σ to d·tr Σ/4: compare at equal N only.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -116,6 +117,14 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     metric.update(real.double(), real=True)
     metric.update(fake.double(), real=False)
     return float(metric.compute())
+
+
+def frechet_limit(real: Tensor, fake: Tensor, parts: Sequence[int] = (1, 2, 3, 4, 6)) -> tuple[float, float]:
+    """What the distance tends to with more fakes, and the slope c: the line limit + c/N through the mean distances of
+    `fake` cut into 1, 2, … parts (Chong & Forsyth 2020). The bias that comes from the number of `real` stays in the limit."""
+    means = [np.mean([frechet_distance(real, part) for part in fake.tensor_split(k)]) for k in parts]
+    slope, limit = np.polyfit(np.array(parts) / len(fake), means, 1)
+    return float(limit), float(slope)
 
 
 def kernel_distance(real: Tensor, fake: Tensor) -> float:

@@ -121,11 +121,13 @@ def _rmse(a: Tensor, b: Tensor) -> float:
     return float(mse(a, b).sqrt())
 
 
-def jump_explorer(student: Any, teacher: Teacher, images: Tensor) -> Explorer:
+def jump_explorer(student: Any | None, teacher: Teacher, images: Tensor) -> Explorer:
     """One noisy image, the student's one jump, and the teacher's walk from the same point; `images` uint8 [N,C,H,W].
 
-    `student` is a `ConsistencyFunction`; the seed chooses the image and its noise.
+    `student` is a `ConsistencyFunction`, or None: then the teacher's denoiser jumps, to the average image. The seed chooses
+    the image and its noise.
     """
+    jumps, name = (teacher.denoise, "denoiser") if student is None else (student, "student")
 
     @torch.no_grad()
     def draw(sigma: float, steps: int, seed: int) -> tuple[bytes, str]:
@@ -133,17 +135,18 @@ def jump_explorer(student: Any, teacher: Teacher, images: Tensor) -> Explorer:
         x = EDM().perturb(
             clean, indexed_normal(seed, [0], clean.shape[1:]).to(clean), torch.full((1,), sigma, device=clean.device)
         )
-        jump = student(x, torch.full((1,), sigma, device=clean.device))
+        jump = jumps(x, torch.full((1,), sigma, device=clean.device))
         walk = teacher.walk(x, sigma, steps)
         shown = x / (1 + sigma**2) ** 0.5
-        panels = {"clean": clean, "noisy": shown, "student: 1 jump": jump, f"teacher: {steps} steps": walk}
+        panels = {"clean": clean, "noisy": shown, f"{name}: 1 jump": jump, f"teacher: {steps} steps": walk}
         text = (
-            f"σ = {sigma:.3g}. RMS distance to the clean image: student {_rmse(jump, clean):.3f} with 1 evaluation, "
+            f"σ = {sigma:.3g}. RMS distance to the clean image: {name} {_rmse(jump, clean):.3f} with 1 evaluation, "
             f"teacher {_rmse(walk, clean):.3f} with {steps}; between the two {_rmse(jump, walk):.3f}."
         )
         return plots.strip({name: image[0] for name, image in panels.items()}), text
 
-    lo, hi = max(student.sigma_min, teacher.process.sigma_min), student.sigma_max
+    limits = teacher.process if student is None else student
+    lo, hi = max(limits.sigma_min, teacher.process.sigma_min), limits.sigma_max
     controls = {
         "sigma": sigma_slider(min(1.0, hi), lo, hi),
         "steps": choice("teacher's steps", [1, 2, 3, 5, 8, 12, 16], 12),
@@ -279,6 +282,8 @@ def fid_explorer(n: Sequence[int], distances: Mapping[str, np.ndarray], name: st
         ax.plot(n, values.mean(0), style, color=colour, label=label)
     marker = ax.axvline(n[-1], color="black", lw=1)
     ax.set(xlabel="number of images N", ylabel=name, xscale="log", title=f"{name}: the same images, counted differently")
+    ax.set_xticks(n, [str(v) for v in n])
+    ax.minorticks_off()
     ax.legend(frameon=False)
     picture = _animate(canvas, [marker])
 

@@ -31,6 +31,7 @@ ROOT = HERE.parent
 PYPROJECT, TIMES, README = ROOT / "pyproject.toml", HERE / "times.json", ROOT / "README.md"
 TABLE = re.compile(r"(?<=<!-- lessons: written by notebooks/build.py -->\n).*?(?=<!-- end of lessons -->)", re.S)
 LIMIT = 100_000  # bytes a figure
+VIEW = "application/vnd.jupyter.widget-view+json"
 KERNEL = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -158,9 +159,10 @@ def tidy(notebook: NotebookNode) -> list[str]:
     problems = []
     notebook.metadata = nbformat.from_dict(KERNEL)
     for k, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
+        cell.outputs = [o for o in cell.outputs if VIEW not in (shown := o.get("data", {})) or "image/png" in shown]  # no bars
         for output in cell.outputs:
             data, metadata = output.get("data", {}), output.get("metadata", {})
-            data.pop("application/vnd.jupyter.widget-view+json", None)  # it points at a kernel that is gone
+            data.pop(VIEW, None)  # it points at a kernel that is gone
             text = json.dumps(output)
             if output.output_type == "stream" and output.name == "stderr":
                 problems.append(f"code cell {k} wrote to stderr: {output.text[:200]}")

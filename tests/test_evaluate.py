@@ -29,6 +29,16 @@ def test_frechet_distance_of_gaussians_in_closed_form():
         evaluate.frechet_distance(normal(400, 5), normal(300, 5)[:1])
 
 
+def test_the_limit_of_frechet_distances_has_no_bias_of_the_fakes():
+    """N(0, I) against itself: c = d + d(d + 1)/4 to first order in 1/N."""
+    d = 8
+    fake = torch.randn(8_000, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    limit, slope = evaluate.frechet_limit(normal(9_000, d), fake)
+    expected = d + d * (d + 1) / 4
+    assert abs(limit) < expected / len(fake)
+    assert slope == pytest.approx(expected, rel=0.2)
+
+
 def test_kernel_distance_equals_torchmetrics_and_is_unbiased():
     a, b = normal(60, 4), normal(60, 4, 0.5, 1.2, 1)
     assert evaluate.kernel_distance(a, b) == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)

@@ -53,6 +53,16 @@ def test_anything_else_is_told_in_one_line(fn, says, capsys):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def softmax_by_hand(x_t, references, t):
+    weights = (-(x_t[:, None] - references).pow(2).sum(-1) / (2 * t**2)).exp()
+    return weights / weights.sum(1, keepdim=True) @ references
+
+
+def test_weights_that_all_round_to_zero_are_told_as_nan(capsys):
+    assert not check("05.stable_target", softmax_by_hand)
+    assert "NaN or infinity, with x_t = a tensor [3, 2]" in capsys.readouterr().out
+
+
 def test_an_unknown_name_lists_the_names():
     with pytest.raises(ValueError, match=r"no exercise '01.margin'; choose one of 01.alpha_bar, "):
         check("01.margin", lambda: None)

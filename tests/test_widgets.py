@@ -55,6 +55,14 @@ def test_jump(student, teacher, images):
     )
 
 
+def test_jump_of_the_denoiser(teacher, images):
+    explorer = widgets.jump_explorer(None, teacher, images)
+    text = moved(explorer, "sigma", 4.0)
+    x0 = data.to_float(images[:1])
+    denoised = teacher.denoise(x0 + 4 * indexed_normal(0, [0], (1, 8, 8)), torch.tensor([4.0]))
+    assert f"denoiser {float((denoised - x0).pow(2).mean().sqrt()):.3f} with 1 evaluation" in text
+
+
 def test_one_step_of_the_walk_is_the_denoiser(teacher):
     x, t = 4 * indexed_normal(0, [0], (1, 8, 8)), torch.tensor([4.0])
     torch.testing.assert_close(teacher.walk(x, 4.0, 1), teacher.denoise(x, t))

@@ -102,6 +102,16 @@ def test_any_drift_is_found(copy):
     assert "not executed" in build.drift(*copy)[0]
 
 
+def test_progress_bars_are_not_kept_and_explorers_keep_their_picture():
+    cell = nbformat.v4.new_code_cell("fit()")
+    view = {build.VIEW: {"model_id": "a"}}
+    cell.outputs = [nbformat.v4.new_output("display_data", data={**view, "text/plain": "train: 0%"}) for _ in range(2)]
+    picture = {**view, "image/png": "", "text/plain": "told"}
+    cell.outputs.append(nbformat.v4.new_output("display_data", data=picture, metadata={"image/png": {"alt": "told"}}))
+    assert not build.tidy(nbformat.v4.new_notebook(cells=[cell]))
+    assert [sorted(o.data) for o in cell.outputs] == [["image/png", "text/plain"]]
+
+
 def test_badges_change_the_generated_cells_and_keep_the_outputs(copy, monkeypatch):
     _, target = copy
     write_executed(*copy)

@@ -234,8 +234,6 @@ class ECT(InverseGap):
     steps: int
     stages: int = 8
     q: float = 2.0
-    mean: float = -1.1
-    std: float = 2.0
     distance: Distance = norm
     mu: float = 0.0
 
@@ -249,7 +247,7 @@ class ECT(InverseGap):
 
     def times(self, n: int, step: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """t and r."""
-        t = lognormal(n, generator, self.mean, self.std)
+        t = lognormal(n, generator)
         return t, ect_r(t, self.stage(step), self.q)
 
     def pairs(self, batch: dict, step: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -552,7 +552,7 @@ plots.tell(
 
 # %%
 longer = shipped(f"{profile.dataset}_student.safetensors")
-longer = ConsistencyFunction.load(longer) if longer.exists() else trained
+longer = ConsistencyFunction.load(longer).to(device) if longer.exists() else trained
 names = [
     "start: the teacher's weights",
     *endpoint_names,

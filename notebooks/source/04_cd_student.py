@@ -99,9 +99,7 @@ assert min(errors[0], errors[-1]) > max(errors[1:4]), "the wrong level is the wr
 dim = net.config["block_out_channels"][0]
 near, wide = torch.logspace(0, 0.1, 400), torch.logspace(-2, 2, 4_001)
 embedding = timestep_embedding(c_noise(near), dim, freq_shift=1)  # [400,dim]
-likeness = F.cosine_similarity(
-    timestep_embedding(c_noise(wide), dim, freq_shift=1), embedding[:1]
-)
+likeness = F.cosine_similarity(timestep_embedding(c_noise(wide), dim, freq_shift=1), embedding[:1])
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2), layout="constrained")
 grid = left.pcolormesh(near, range(dim), embedding.T, cmap="cividis", rasterized=True)
@@ -144,9 +142,7 @@ def note(name):
 
 
 named = [
-    (n, m)
-    for n, m in net.named_modules()
-    if type(m).__name__ in parts or n in ("conv_in", "conv_out")
+    (n, m) for n, m in net.named_modules() if type(m).__name__ in parts or n in ("conv_in", "conv_out")
 ]
 hooks = [module.register_forward_hook(note(name)) for name, module in named]
 with torch.no_grad():
@@ -299,9 +295,7 @@ spike[0, 0] = 1.0  # the same length, in one pixel
 spike, zero, c = spike.view(1, *shape), torch.zeros(1, *shape), 0.03 * spread.numel() ** 0.5
 
 whole = [float(pseudo_huber(e, zero, c)) for e in (spread, spike)]
-pixels = [
-    float((e**2 + c**2).sqrt().sub(c).sum()) for e in (spread, spike)
-]  # the root of each pixel
+pixels = [float((e**2 + c**2).sqrt().sub(c).sum()) for e in (spread, spike)]  # the root of each pixel
 plots.tell(
     f"An error of length 1, spread or in one pixel. Of the whole image:"
     f" **{whole[0]:.3f}** and **{whole[1]:.3f}**."
@@ -377,7 +371,7 @@ stepper.eval();
 error = evaluate.pair_error(stepper, fresh)
 mean, drawn = one_step_identity(teacher, held_out[:300], seed=0).values()
 plots.tell(
-    f"On fresh paths: MSE **{error['model']:.2g}**, identity **{error['identity']:.2g}**, "
+    f"On fresh paths: MSE **{error['model']:.2g}**, identity **{error['identity']:.2g}**,"
     f" skill **{error['skill']:.2f}**."
 )
 plots.tell(
@@ -409,8 +403,7 @@ plots.display(
     " the teacher's digits.",
 )
 alike = [
-    float(torch.corrcoef(torch.stack([v.flatten(), z.flatten()]))[0, 1])
-    for v in (jump, best, walked)
+    float(torch.corrcoef(torch.stack([v.flatten(), z.flatten()]))[0, 1]) for v in (jump, best, walked)
 ]
 plots.tell(
     f"Correlation with the noise that went in: learner **{alike[0]:.2f}**,"
@@ -559,7 +552,7 @@ plots.tell(
 
 # %%
 longer = shipped(f"{profile.dataset}_student.safetensors")
-longer = ConsistencyFunction.load(longer) if longer.exists() else trained
+longer = ConsistencyFunction.load(longer).to(device) if longer.exists() else trained
 names = [
     "start: the teacher's weights",
     *endpoint_names,
@@ -616,27 +609,19 @@ def rms(v):
 mixture = GaussianMixture(torch.tensor([[-1.0, -0.5], [0.2, 1.0], [1.0, -0.6]]), 0.15)
 sigmas = torch.tensor([0.1, 0.3, 1.0, 3.0], dtype=torch.float64)
 t = sigmas.repeat_interleave(50)
-x = mixture.sample(50, torch.Generator().manual_seed(0)).repeat(4, 1) + t[
-    :, None
-] * indexed_normal(1, range(200), (2,))
+clean = mixture.sample(50, torch.Generator().manual_seed(0)).repeat(4, 1)
+x = clean + t[:, None] * indexed_normal(1, range(200), (2,))
 f, D = mixture.consistency, mixture.denoise
 at = (x, t, (x - D(x, t)) / t[:, None])
 
-quantities = [
-    change(f, *at, along_x=0),
-    change(f, *at, along_t=0),
-    change(f, *at),
-    change(D, *at),
-]
+quantities = [change(f, *at, along_x=0), change(f, *at, along_t=0), change(f, *at), change(D, *at)]
 through_t, through_x, both, of_D = (rms(v.view(4, -1)) for v in quantities)
 table = [
     "| σ | f, through t alone | f, through x alone | **f, both** | **denoiser D, both** |",
     "|---|---|---|---|---|",
 ]
 for s, *values in zip(sigmas, through_t, through_x, both, of_D, strict=True):
-    table.append(
-        f"| {s} | {values[0]:.3f} | {values[1]:.3f} | {values[2]:.0e} | {values[3]:.3f} |"
-    )
+    table.append(f"| {s} | {values[0]:.3f} | {values[1]:.3f} | {values[2]:.0e} | {values[3]:.3f} |")
 plots.tell("\n".join(table))
 assert both.max() < 1e-5 < 0.01 < min(v.min() for v in (through_t, through_x, of_D))
 
@@ -676,10 +661,7 @@ with torch.no_grad():
 
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
 for ax, title, found in zip(
-    axes,
-    ("One training level apart", "Infinitely close: the equation"),
-    (apart, close),
-    strict=True,
+    axes, ("One training level apart", "Infinitely close: the equation"), (apart, close), strict=True
 ):
     for (name, values), colour, style in zip(
         found.items(), plots.COLOURS, ["-", "--", "-.", ":"], strict=False
@@ -700,9 +682,7 @@ plots.tell(
     + "; ".join(f"{k} **{a:.2f}**, **{b:.2f}**" for k, (a, b) in means.items())
 )
 if longer is not trained:
-    assert 2 * means["trained longer"][0] < min(
-        means["denoiser D"][0], means["trained longer"][1]
-    )
+    assert 2 * means["trained longer"][0] < min(means["denoiser D"][0], means["trained longer"][1])
 
 # %% [markdown]
 # Both answers are honest. One level apart, where it was trained, the longer-trained student hardly changes. But at single points it does *not*
@@ -711,24 +691,17 @@ if longer is not trained:
 
 # %%
 with torch.no_grad():
-    level = torch.logspace(
-        -0.05, 0.05, 200, device=device
-    )  # around σ = 1, less than one training level
+    # levels around σ = 1, closer than two training levels; the path is nearly straight over so little
+    level = torch.logspace(-0.05, 0.05, 200, device=device)
     point = x0[:1] + indexed_normal(4, [0], shape).to(device)
     velocity = point - teacher.denoise(point, torch.ones(1, device=device))  # at σ = 1
-    answer = longer(
-        point + expand_like(level - 1, point) * velocity, level
-    ).cpu()  # the path, nearly straight over so little
+    answer = longer(point + expand_like(level - 1, point) * velocity, level).cpu()
 moved = answer - answer.mean(0)
 slope = moved.diff(dim=0) / expand_like(level.cpu().log().diff(), moved)
 
 figure, ax = plt.subplots(figsize=(6, 2.8), layout="constrained")
 ax.plot(
-    level.cpu(),
-    moved.flatten(1)[:, :: moved[0].numel() // 8],
-    color=plots.COLOURS[0],
-    alpha=0.7,
-    lw=1,
+    level.cpu(), moved.flatten(1)[:, :: moved[0].numel() // 8], color=plots.COLOURS[0], alpha=0.7, lw=1
 )
 ax.set(
     xlabel="noise level σ",
@@ -736,8 +709,7 @@ ax.set(
     title="Some pixels of one answer along a short path",
 )
 plots.display(
-    figure,
-    "Pixels of the answer wobble a little around their means, several times along the path.",
+    figure, "Pixels of the answer wobble a little around their means, several times along the path."
 )
 plots.tell(
     f"The whole image moves by **{rms(moved).max():.3f}** at most (RMS),"
@@ -773,21 +745,13 @@ sets = {
     ("teacher, DDIM", 50): draw_teacher(teacher, N, 50, "ddim", shape, 0),
     ("regression onto the next state", 1): data.to_uint8(steps).cpu(),
 }
-for name, f in {
-    "endpoint student": endpoint,
-    "distilled": trained,
-    "trained longer": longer,
-}.items():
+for name, f in {"endpoint student": endpoint, "distilled": trained, "trained longer": longer}.items():
     sets |= {(name, k): draw(f, N, k, shape, 0) for k in (1, 2)}
-fd = {
-    key: features.compare("it", made)[f"fd_{features.dataset}.it"] for key, made in sets.items()
-}
+fd = {key: features.compare("it", made)[f"fd_{features.dataset}.it"] for key, made in sets.items()}
 
 table = [f"| N = {N} | evaluations | fd_{features.dataset} |", "|---|---|---|"]
 plots.tell(
-    "\n".join(
-        table + [f"| {name} | {k} | {distance:.1f} |" for (name, k), distance in fd.items()]
-    )
+    "\n".join(table + [f"| {name} | {k} | {distance:.1f} |" for (name, k), distance in fd.items()])
 )
 plots.tell(
     f"The second evaluation of the longer-trained student is at σ = **{longer.levels(2)[1]:.2f}**."
@@ -801,9 +765,7 @@ if longer is not trained:
         < fd["regression onto the next state", 1] / 5
     )
 panels = {"Training images": images, "Teacher, 50 evaluations": sets["teacher, DDIM", 50]}
-panels |= {
-    f"{name}, {k}": sets[name, k] for name in ("distilled", "trained longer") for k in (1, 2)
-}
+panels |= {f"{name}, {k}": sets[name, k] for name in ("distilled", "trained longer") for k in (1, 2)}
 plots.display(
     plots.samples(
         {name: data.to_float(made[:36]) for name, made in panels.items()}, columns=12, rows=3

@@ -280,7 +280,8 @@ assert drift < 0.03 and rms["median"][-1] > 2 * rms["shared"][-1]
 #
 # Xu et al. call it the **stable target**, and it is what turns ECT into stable consistency tuning (SCT). If the true source is
 # one of the M references, $\hat x_0$ is exactly the mean of $x_0$ given $x_t$ *and* the references. Hence it is still right on
-# average, and varies less than one image does (the theorem of Rao and Blackwell). It needs no network.
+# average, and varies less than one image does (the theorem of Rao and Blackwell). Without the source among the references it
+# would be biased. It needs no network.
 #
 # ### Your turn: the stable target
 # Return $\hat x_0$ for each $x_t$. (At small t all of the exponentials may round to 0. PyTorch has a function for that.)
@@ -680,7 +681,8 @@ for name, found in errors.items():
 #   with them; in a longer one it has.
 # - **ECT, with the norm**, has the bias that we saw on the grid, in the middle, where the posterior is broadest. There are two
 #   ways out, and both help: the squared error (which is not ahead at the highest noise), and SCT's targets, which scatter less,
-#   so that their mean and their median agree. The shortest run only begins to show it.
+#   so that their mean and their median agree. The shortest run only begins to show it. The 500 references don't contain the
+#   source (the batch does), so at the smallest t, where the nearest one gets all the weight, a longer run shows their bias.
 # - **The score term** changes little: where it is exact, at small t, the boundary has already done the work.
 # - **An exact teacher** is no guarantee: with few updates, its few levels and its lagging target count for more.
 #
@@ -759,8 +761,9 @@ assert worst < 1e-4
 # %% [markdown]
 # ## On images
 #
-# The same comparison on digits, from the teacher's weights, under one budget: `cmlib compare`. It shows the run that comes with
-# the course, where there is one, else it makes a very small one here, which shows how it is done and nothing else.
+# The same comparison on digits, from the teacher's weights, under one budget: `cmlib compare`. This cell shows the run that
+# comes with the course where there is one, else a tiny one of SCT alone, made here and now, which shows how it is done and
+# nothing more.
 
 # %%
 committed = Path(cmlib.__file__).resolve().parents[1] / "benchmarks" / "results" / "compare_digits.json"
@@ -768,8 +771,8 @@ if committed.exists():
     compared = json.loads(committed.read_text())
 else:
     with tempfile.TemporaryDirectory() as folder:
-        names, tiny = ("consistency-distillation", "sct"), replace(CI, samples=100)
-        compared = compare.run(names, (0,), 512, False, tiny, load_teacher("digits_teacher"), Path(folder))
+        tiny = replace(CI, samples=100)
+        compared = compare.run(("sct",), (0,), 512, False, tiny, load_teacher("digits_teacher"), Path(folder))
 
 plots.tell(compare.markdown(compared))
 if len(compared["baselines"]) > 1:

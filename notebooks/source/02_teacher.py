@@ -179,7 +179,7 @@ twin = copy.deepcopy(net)
 updates = min(profile.distill_updates, 300)
 
 optimizer, losses = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-4), []
-for step, batch in zip(range(updates), data.batches(images, 64), strict=False):
+for step, batch in zip(range(updates), data.batches(images, 32), strict=False):
     generator = torch.Generator().manual_seed(step_seed(0, step, 0))
     x0 = batch["x0"].to(device)
     n = torch.randint(chain.T, (len(x0),), generator=generator).to(device)
@@ -204,7 +204,7 @@ assert recent < 0.7
 
 # %%
 _, history = fit(
-    twin, Denoising(chain), lambda start: data.batches(images, 64, 0, start), steps=10,
+    twin, Denoising(chain), lambda start: data.batches(images, 32, 0, start), steps=10,
     lr=1e-3, schedule="constant", every=1,
 )  # fmt: skip
 apart = max(abs(row["loss"] / loss - 1) for row, loss in zip(history, losses, strict=False))
@@ -316,15 +316,15 @@ def measure(step, average):
 
 live = copy.deepcopy(teacher.unet).requires_grad_(True)
 average, history = fit(
-    live, Denoising(new), lambda start: data.batches(images, 64, 0, start), updates,
+    live, Denoising(new), lambda start: data.batches(images, 32, 0, start), updates,
     lr=2e-4, schedule="constant", warmup=updates // 4, ema=0.99,
-    every=max(20, updates // 10), on_every=measure,
-    stop=lambda history: plateaued([row["held_out"] for row in history], patience=3),
+    every=40, on_every=measure,
+    stop=lambda history: plateaued([row["held_out"] for row in history], patience=2),
 )  # fmt: skip
 
 # %%
 x = [0] + [row["step"] for row in history]
-start = measure(0, teacher.unet)
+start = measure(0, teacher.unet)  # at update 0
 figure, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for name, colour, mark in (("held_out", plots.COLOURS[0], "o-"), ("train", plots.COLOURS[1], "s--")):
     y = [start[name], *(row[name] for row in history)]
@@ -364,7 +364,7 @@ assert last["held_out"] < before and last["train"] < 1.05 * last["held_out"]
 # know one thing, that not even real images score zero. So we draw training images again, at random, and score them, too.
 
 # %%
-count = min(profile.samples, 1_000)
+count = min(profile.samples, 1_500) // 2
 kept = Path(mkdtemp())  # where no classifier is shipped, one is trained
 features = pipeline.Features.of(profile.dataset, kept, images, labels, (held_out, held_labels))
 fd = f"fd_{features.dataset}"

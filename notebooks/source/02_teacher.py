@@ -237,7 +237,7 @@ assert errors["the teacher"] < errors["our network"] < 1
 # beside it: zero for the noise, which is $x$ itself for the image; and the mean of all training images.
 
 # %%
-x0 = data.to_float(held_out[:100]).to(device)
+x0 = data.to_float(held_out[:50]).to(device)
 mean_image = data.to_float(images[:2000]).mean(0, keepdim=True).to(device)
 noise = indexed_normal(0, range(len(x0)), shape).to(device)
 levels = torch.logspace(-1.9, 2.1, 11)
@@ -324,7 +324,7 @@ average, history = fit(
 
 # %%
 x = [0] + [row["step"] for row in history]
-start = measure(0, teacher.unet)  # at update 0
+start = {"held_out": before, "train": pipeline.epsilon_error(new, teacher.unet, images[: len(held_out)])}
 figure, ax = plt.subplots(figsize=(6, 3.4), layout="constrained")
 for name, colour, mark in (("held_out", plots.COLOURS[0], "o-"), ("train", plots.COLOURS[1], "s--")):
     y = [start[name], *(row[name] for row in history)]

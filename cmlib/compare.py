@@ -61,16 +61,13 @@ class Comparison:
         start = "nothing" if self.from_nothing else "teacher"
         return {**found, "teacher": self.teacher.hash(), "budget": self.budget, "start": start, **self.features.protocol}
 
-    def fd(self, drawn: Tensor) -> float:
-        """Fréchet distance of uint8 images to the training images."""
-        return evaluate.frechet_distance(self.features.reference, evaluate.features(self.features.classifier, drawn))
-
     def baselines(self, seed: int) -> dict[str, float]:
         """The teacher's fifty steps, and the training images drawn again."""
         n = self.profile.samples
         drawn = draw_teacher(self.teacher, n, 50, "ddim", self.teacher.image_shape, seed)
         again = torch.randint(len(self.images), (n,), generator=torch.Generator().manual_seed(seed))
-        return {"seed": seed, "teacher_ddim50": self.fd(drawn), "resampled": self.fd(self.images[again])}
+        sets = {"teacher_ddim50": drawn, "resampled": self.images[again]}
+        return {"seed": seed, **{name: self.features.distance(made) for name, made in sets.items()}}
 
     def start(self, objective: str, seed: int) -> Any:
         """The student before training."""
@@ -96,7 +93,7 @@ class Comparison:
         spent += self.budget * evaluations(chosen, student.to(teacher.device), teacher, batch)
 
         def measure(f: Any) -> dict[str, float]:
-            return {f"fd_{k}": self.fd(draw(f, profile.samples, k, shape, seed)) for k in (1, 2)}
+            return {f"fd_{k}": self.features.distance(draw(f, profile.samples, k, shape, seed)) for k in (1, 2)}
 
         every: dict[str, Any] = {"every": -(-updates // POINTS), "measure": measure, "resume": True}
         f, history = distill(
@@ -154,7 +151,9 @@ def run(
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """mean ± half the range."""
+    """mean ± half the range; one value stands alone."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 

@@ -91,6 +91,11 @@ EXERCISES = {
             "the loss is a mean over images and pixels; your sum grows with their number, and the step size with it": (
                 lambda network, x0, eps, n, alpha_bar: (network(_noisy(x0, eps, n, alpha_bar), n) - eps).pow(2).sum()
             ),
+            "the loss is a mean over pixels, too; you summed the pixels of each image": (
+                lambda network, x0, eps, n, alpha_bar: (
+                    (network(_noisy(x0, eps, n, alpha_bar), n) - eps).pow(2).flatten(1).sum(1).mean()
+                )
+            ),
         },
     ),
 }

@@ -57,6 +57,13 @@ EXERCISES: dict[str, Exercise] = {
                     c_in(t, sigma_data),
                 )
             ),
+            "c_out's denominator is the deviation of x, √(t² + σ_d²), boundary or not; shift t in its numerator only": (
+                lambda t, sigma_min, sigma_data: (
+                    c_skip(t, sigma_min, sigma_data),
+                    c_out(t - sigma_min, 0.0, sigma_data),
+                    c_in(t, sigma_data),
+                )
+            ),
             "f(x, σ_min) is not x but the network's output; you exchanged c_skip and c_out": (
                 lambda t, sigma_min, sigma_data: (
                     c_out(t, sigma_min, sigma_data),
@@ -110,7 +117,7 @@ EXERCISES: dict[str, Exercise] = {
         [(_f, _denoise, _A, torch.tensor([0.9, 3.0]), _R), (_f, _denoise, _B, torch.tensor([0.6, 2.0]), _R)],
         {
             "the target must be a clean image; you returned the teacher's next state itself, which is still noisy: "
-            "that is the regression of the last section": (lambda f_ema, denoise, x_t, t, r: _step(x_t, t, r, denoise(x_t, t))),
+            "that is the regression onto the next state": (lambda f_ema, denoise, x_t, t, r: _step(x_t, t, r, denoise(x_t, t))),
             "the state is at r now; you told the network that it is still at t": (
                 lambda f_ema, denoise, x_t, t, r: f_ema(_step(x_t, t, r, denoise(x_t, t)), t)
             ),

@@ -49,7 +49,7 @@ def _fit(n: Tensor, distance: Tensor, of: Callable[[Tensor], Tensor] = torch.rec
 
 _N = torch.tensor([250.0, 500.0, 750.0, 1500.0], dtype=torch.float64)
 _PIXELS = torch.tensor([-1.0, -0.998, -0.5, -0.003, 0.0, 0.003, 0.501, 0.996, 1.0]).reshape(1, 1, 3, 3)
-_OUTSIDE = torch.tensor([-1.02, -0.4, 0.9961, 1.01]).reshape(1, 1, 2, 2)
+_OUTSIDE = torch.tensor([-1.02, -0.41, 0.9961, 1.01]).reshape(1, 1, 2, 2)
 
 EXERCISES: dict[str, Exercise] = {
     "frechet": Exercise(

@@ -227,7 +227,7 @@ class ICT(InverseGap):
 class ECT(InverseGap):
     """‖f(x0 + t·ε, t) − sg f(x0 + r·ε, r)‖/(t − r), ln t ~ N(−1.1, 2²), r = r(t, stage) (ECT).
 
-    `stages` of equal length over `steps`; the first is diffusion training (r = 0, where f⁻ is x0), the last nearly
+    `stages` of equal length over `steps`; the first is diffusion training below t ≈ 2 (r = 0, where f⁻ is x0), the last nearly
     continuous time. `q` = 2 with 8 stages is the paper's long run, 256 with 1 its one-hour run. f needs σ_min = 0.
     """
 

@@ -104,6 +104,10 @@ class Features:
             protocol,
         )
 
+    def distance(self, fakes: Tensor) -> float:
+        """fd_<dataset> of uint8 images to the reference."""
+        return evaluate.frechet_distance(self.reference, evaluate.features(self.classifier, fakes))
+
     def compare(self, name: str, fakes: Tensor) -> dict[str, float]:
         """fd_<dataset>, KID, precision and recall of `fakes`; and the distance of as many of them as there are held-out
         real images, which is what compares with `real`."""

@@ -232,9 +232,8 @@ def drift(source: Path, target: Path) -> list[str]:
 
 def cover(notebook: NotebookNode) -> tuple[bytes, str]:
     """The figure of the cell tagged `cover`, else the first one, small, and its alternative text."""
-    shown = [c for c in notebook.cells if any("image/png" in o.get("data", {}) for o in c.get("outputs", []))]
-    cell = next((c for c in shown if "cover" in c.metadata.get("tags", [])), shown[0])
-    output = next(o for o in cell.outputs if "image/png" in o.get("data", {}))
+    figures = [(c, o) for c in notebook.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    output = next((o for c, o in figures if "cover" in c.metadata.get("tags", [])), figures[0][1])
     picture = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"]))).convert("RGB")
     picture.thumbnail((480, 320))
     buffer = io.BytesIO()

@@ -11,7 +11,7 @@ import torch
 from cmlib.profiles import PROFILES
 
 PROFILE = os.environ.get("CMLIB_PROFILE", "ci")
-SECONDS = 60 if PROFILE == "ci" else 3600  # a notebook
+SECONDS = float(os.environ.get("CMLIB_NOTEBOOK_SECONDS", 60 if PROFILE == "ci" else 3600))
 ROOT = Path(__file__).resolve().parent.parent
 
 

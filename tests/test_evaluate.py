@@ -29,6 +29,22 @@ def test_frechet_distance_of_gaussians_in_closed_form():
         evaluate.frechet_distance(normal(400, 5), normal(300, 5)[:1])
 
 
+def test_frechet_distance_is_torchmetrics(dim=12):
+    """Against the library that the field uses, which takes the features of a network of ours: the identity."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    identity = torch.nn.Identity()
+    identity.num_features = dim
+    metric = FrechetInceptionDistance(feature=identity).set_dtype(torch.float64)
+    mixing = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    real, fake = normal(50, dim) @ mixing, normal(30, dim, 0.2, 1.1, 4) @ mixing.T
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    assert evaluate.frechet_distance(real, fake) == pytest.approx(float(metric.compute()), rel=1e-9)
+    few = real[:5]  # fewer images than features: a singular covariance
+    assert 0 < evaluate.frechet_distance(few, fake) < float("inf")
+
+
 def test_the_limit_of_frechet_distances_has_no_bias_of_the_fakes():
     """N(0, I) against itself: c = d + d(d + 1)/4 to first order in 1/N."""
     d = 8

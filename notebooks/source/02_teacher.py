@@ -373,7 +373,7 @@ sets = {name: pipeline.draw_teacher(teacher, count, k, "ddim", shape, seed=0) fo
 sets["noise itself"] = data.to_uint8(indexed_normal(1, range(count), shape))
 again = torch.randint(len(images), (count,), generator=torch.Generator().manual_seed(0))
 sets["training images again"] = images[again]
-distances = {name: features.compare("x", fakes)[f"{fd}.x"] for name, fakes in sets.items()}
+distances = {name: features.distance(fakes) for name, fakes in sets.items()}
 plots.display(
     plots.bars(distances, f"{fd}, N = {count} (lower is better)", "The teacher's images by steps"),
     "With 50 steps the distance is near that of training images; with 1 step it is near noise's.",

@@ -185,7 +185,8 @@ seen = brief.regression_updates * brief.batch_size
 walk = brief.rollout_steps
 rows = {
     "x̂, one step lower": (seen, brief.pairs),
-    f"the end of {walk} steps": (seen * walk, brief.pairs),
+    f"the end of {walk} steps, one state a walk": (seen * walk, brief.pairs),
+    f"the end of {walk} steps, every state": (seen, brief.pairs),
 }
 plots.tell(
     f"The student sees {brief.regression_updates:,} × {brief.batch_size} = **{seen:,}** examples;"
@@ -195,8 +196,8 @@ plots.tell(
 )
 
 # %% [markdown]
-# So with one step lower the cache saves little, unless several students learn from it. With ends of walks there is hardly a
-# way without one. There is a price: a student that sees a pair twice may learn it by heart, and the walks in a cache are few.
+# So with one step lower the cache saves little, unless several students learn from it. With ends of walks, what saves most is
+# using *every* state of a walk. But the states of one walk make a poor batch: one has to keep and shuffle them, and that is the cache. There is a price: a student that sees a pair twice may learn it by heart, and the walks in a cache are few.
 # Consistency distillation, as its paper does it, makes its pairs afresh at every update, and keeps nothing.
 
 # %% [markdown]
@@ -248,7 +249,8 @@ assert all(a < b for a, b in zip(errors["ddim"], errors["identity"], strict=True
 # %% [markdown]
 # The distance itself grows like δ, so its square like δ². The error that DDIM makes grows like δ² (it is Euler's method), so its square like δ⁴. That is
 # the trade: a small δ gives a target that is nearly right and says nearly nothing, since x unchanged is nearly right, too. A large δ says
-# much, and is wrong. And a better solver (Heun) helps while steps are small, but not when they are large.
+# much, and is wrong. And a better solver (Heun) helps while steps are small, but not when they are large;
+# theory lets its squared error grow 64-fold, which would take a network smoother than this one.
 #
 # **Question.** The brief expects a validation error below 0.01 against targets at δ = 1. What does a student have to learn for that?
 #
@@ -286,6 +288,9 @@ delta_explorer(teacher, images[:100])
 # `PairCache.build` does the work in shards of a thousand pairs. First the brief's kind, small.
 
 # %% tags=["budget"]
+def rough(value):  # one figure: it was timed, on one machine
+    return f"{float(f'{value:.1g}'):g}"
+
 began = time.perf_counter()
 arguments = {"pairs": 3_000, "source": "data", "images": images, "solver": "posterior_mean", "delta": 1}
 cache = PairCache.build(folder / "data", teacher, **arguments)
@@ -293,7 +298,7 @@ per_pair = (time.perf_counter() - began) / len(cache)
 
 pair = cache[123]
 plots.tell(
-    f"**{len(cache):,}** pairs in {cache.n_shards} shards, {1e3 * per_pair:.2f} ms a pair."
+    f"**{len(cache):,}** pairs in {cache.n_shards} shards, {rough(1e3 * per_pair)} ms a pair."
     f" A pair holds {', '.join(pair)}."
 )
 assert not cache.verify() and int(pair["n"]) >= 0 and float(pair["r"]) < float(pair["t"])
@@ -395,10 +400,9 @@ per_read = (time.perf_counter() - began) / (30 * 64)
 later = next(cache.loader(batch_size=64, seed=0, start=20))
 
 plots.tell(
-    f"Making a pair took {1e6 * per_pair:.0f} µs, reading one {1e6 * per_read:.0f} µs:"
-    f" **{per_pair / per_read:.0f} times** less."
+    f"Making a pair took about {rough(1e6 * per_pair)} µs, reading one {rough(1e6 * per_read)} µs."
 )
-assert torch.equal(later["x_t"], first[20]["x_t"]) and per_read < per_pair
+assert torch.equal(later["x_t"], first[20]["x_t"])
 
 # %% [markdown]
 # ## Refresh it
@@ -463,9 +467,9 @@ measured = sum(cache.path(k).stat().st_size for k in range(cache.n_shards)) / le
 size = solution((3, 32, 32))
 plots.tell(
     f"Here a pair takes **{measured:.0f}** bytes on disk, {solution(shape)} by the formula,"
-    f" and {1e3 * per_pair:.2g} ms to make.\n\n"
+    f" and {rough(1e3 * per_pair)} ms to make.\n\n"
     f"The brief's cache: {brief.pairs:,} × {size:,} bytes = **{brief.pairs * size / 1e9:.2f} GB**,"
-    f" and {brief.pairs:,} × {1e3 * seconds:.3g} ms = **{brief.pairs * seconds / 3600:.2g} hours** here."
+    f" and {brief.pairs:,} × about {rough(1e3 * seconds)} ms, that is **{rough(brief.pairs * seconds / 3600)} hours** here."
 )
 assert abs(measured / solution(shape) - 1) < 0.05
 

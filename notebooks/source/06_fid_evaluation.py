@@ -16,7 +16,8 @@
 #
 # **Time to run** {times}.
 #
-# **You need** covariance matrices and eigenvalues; lessons 1 and 4 for what teacher and student are. Nothing is trained or downloaded.
+# **You need** covariance matrices and eigenvalues; lessons 1 and 4 for what teacher and student are. Nothing is trained, and nothing downloaded
+# except by the last cell, at profile `t4`.
 # On every machine this lesson measures the digits, whose teacher, student and features come with the course.
 
 # %% tags=["setup"]
@@ -184,7 +185,7 @@ assert far["the Gaussian"][1] > 5 * far["other real digits"][1], "features can"
 # Now the generators. Each draws the same number of images, from the same noise, under three seeds. Beside teacher and student stand four
 # that tell what a number means:
 #
-# - the **memoriser** hands out training images, drawn at random with repetition: it cannot be better, and it is useless;
+# - the **memoriser** hands out training images, drawn at random with repetition: its images are perfect, and it is useless;
 # - the **short walk**: the teacher with a third of its steps;
 # - the **denoiser**: the teacher asked once, for the average image behind pure noise;
 # - the **identity map** returns the noise itself.
@@ -455,8 +456,9 @@ for key, value in features.protocol.items():
 # ## Second opinions
 #
 # **KID** asks the same question without fitting a Gaussian. It compares all pairs of features by a kernel $k(x,y) = (x\cdot y/d+1)^3$:
-# real with real, fake with fake, real with fake. By leaving each image's pair with itself out, it has no bias at any N; so it may come out below
-# 0 when the sets are equal. What remains is scatter.
+# real with real, fake with fake, real with fake. By leaving each image's pair with itself out, it has no bias at any N, if the two sets are
+# independent; so it may come out below 0 when their distributions are equal. What remains is scatter. (The memoriser's images *are* in the reference:
+# its KID is below 0 on average.)
 
 # %%
 few = n // 5
@@ -550,7 +552,6 @@ plots.tell(
     f"For one image, the teacher makes **{steps}** times as many evaluations as one jump of the student,"
     f" and takes about **{float(f'{walk / jump:.1g}'):g}** times as long."
 )
-assert walk / jump > steps / 4
 
 figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
 for names, colour, marker in (((ONE, TWO), plots.COLOURS[0], "o-"), ((SHORT, TEACHER), plots.COLOURS[1], "s--")):
@@ -687,6 +688,8 @@ if runs:
     rows = [row(name, fd_of[key], fd_of["teacher_ddim50"]) for name, key in names.items()]
     table([f"against the teacher's 50 steps, N = {runs[0]['protocol.n']}", "difference", "verdict"], rows)
     assert min(fd_of["regression_1"]) - max(fd_of["teacher_ddim50"]) > 100
+else:
+    plots.tell("Those results come with a checkout of the course, not with this installation.")
 
 # %% [markdown]
 # The brief's student misses by hundreds: from noise it makes noise, one step less of it. The consistency models come near. For the one that
@@ -744,7 +747,8 @@ except ValueError as error:
 # - It is biased by c/N, and c follows from the covariance. Compare at equal N, or extrapolate to 1/N = 0. KID has no such bias.
 # - A number belongs to a protocol: N, reference, features, rounding, weights, seeds. Different protocols are not subtracted.
 # - Distance to $x_0$ rewards blur. The self-consistency gap and a distance between sets grade a sampler.
-# - A difference without a spread is no result. "Within ±2" is undecided as long as the teacher is not within ±2 of itself.
+# - A difference without a spread is no result. *One* run cannot decide "within ±2" where the teacher alone scatters by more; an interval
+#   over paired seeds can.
 #
 # | what | where | in `cmlib` |
 # |---|---|---|

@@ -64,6 +64,9 @@ def test_lesson_has_what_every_lesson_has(source):
             assert "assert check(" in after.source
 
 
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     """A folder with one tiny notebook and its source."""
@@ -75,10 +78,11 @@ def copy(tmp_path, monkeypatch):
     source.write_text('# %% [markdown]\n# # Tiny\n# {badge} {times}\n\n# %% tags=["setup"]\n\n# %%\nprint(1 + 1)\n')
     for name, value in {
         "ROOT": tmp_path, "HERE": tmp_path / "notebooks", "PYPROJECT": tmp_path / "pyproject.toml",
-        "TIMES": tmp_path / "notebooks" / "times.json",
+        "TIMES": tmp_path / "notebooks" / "times.json", "README": tmp_path / "README.md",
     }.items():  # fmt: skip
         monkeypatch.setattr(build, name, value)
     build.TIMES.write_text('{"01_tiny": {"cpu": 130}}')
+    build.README.write_text("A course.\n<!-- lessons: written by notebooks/build.py -->\n<!-- end of lessons -->\n")
     monkeypatch.setattr(sys, "argv", ["build"])
     return source, tmp_path / "notebooks" / "01_tiny.ipynb"
 
@@ -88,6 +92,8 @@ def write_executed(source, target):
     for k, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
         cell.execution_count = k + 1
         cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text="2\n")]
+    figure = {"data": {"image/png": PIXEL}, "metadata": {"image/png": {"alt": "a pixel"}}}
+    notebook.cells[-1].outputs.append(nbformat.v4.new_output("display_data", **figure))
     nbformat.write(notebook, target)
 
 

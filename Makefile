@@ -44,7 +44,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 lab: $(INSTALLED)  ## JupyterLab on the notebooks
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab $(ARGS) notebooks
 
 clean:  ## remove what runs made (not the environment)
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -216,8 +216,7 @@ class PairCache:
         cache = cls(folder)
         if teacher is not None:
             cache._check({"teacher": teacher.hash()})
-        missing = sum(not cache._is_good(shard, hashed=False) for shard in range(cache.n_shards))
-        if missing:
+        if missing := sum(not cache._is_good(shard, hashed=False) for shard in range(cache.n_shards)):
             raise ValueError(f"{missing} of {cache.n_shards} shards in {folder} are missing; run the build (or refresh) again")
         return cache
 
@@ -229,12 +228,13 @@ class PairCache:
         """Recompute every x̂_r with a new teacher; x_t stays as it is (the brief's step 3). Killed, call it again.
 
         Returns the new cache; this object still describes the old. Only for source `data`: a rollout's states are its
-        teacher's own. Raises ValueError, and changes nothing, if the schedule differs or a shard is missing or damaged.
+        teacher's own. Raises ValueError, and changes nothing, if schedule or shape differ or a shard is damaged.
         """
         if self.key["source"] != "data":
             raise ValueError("a rollout cache follows its teacher from its first state; build a new one")
-        if not torch.equal(teacher.process.sigma(torch.arange(teacher.process.T)), self.sigmas):
-            raise ValueError("the new teacher's noise schedule differs from the cache's; build a new cache")
+        same_shape = list(teacher.image_shape) == list(self.key["shape"])
+        if not same_shape or not torch.equal(teacher.process.sigma(torch.arange(teacher.process.T)), self.sigmas):
+            raise ValueError("the new teacher's noise schedule or image shape differs from the cache's; build a new cache")
         with explained(self.folder):
             with _locked(self.folder):
                 now = PairCache(self.folder)

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from cmlib import __version__, commands
 from cmlib.files import write_json
@@ -17,6 +17,12 @@ from cmlib.recipes import OBJECTIVES
 from cmlib.teacher import SOLVERS
 
 TEACHER = "hub id or folder (default: the profile's)"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for all bad input."""
+        self.exit(2, f"cmlib: {message}\n")
 
 
 def _command(parent: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
@@ -105,7 +111,7 @@ def _add_students(top: Any) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    root = argparse.ArgumentParser(prog="cmlib", description="Learn, reproduce and ship consistency models.")
+    root = _Parser(prog="cmlib", description="Learn, reproduce and ship consistency models.")
     root.add_argument("--version", action="version", version=f"cmlib {__version__}")
     top = root.add_subparsers(required=True, metavar="command")
     p = _command(top, "demo", commands.demo, "the whole pipeline on small images, with its baselines")
@@ -153,7 +159,10 @@ def main(argv: list[str] | None = None) -> int:
                 f"seed{args.seed}" if args.seed else None,
             ]
             args.out = Path("runs") / "-".join(filter(None, parts))
-        args.out.mkdir(parents=True, exist_ok=True)
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the folder --out {args.out} ({error.strerror}); give another") from error
         seed_everything(args.seed)
         metrics = args.function(args, profile)
         write_json(args.out / "metrics.json", {**metrics, "protocol.seed": args.seed, "protocol.profile": profile.name})

@@ -131,7 +131,7 @@ class ConsistencyFunction(nn.Module):
         except Exception as error:
             if type(error).__name__ != "UnpicklingError":
                 raise
-            raise ValueError(f"{path} holds a pickle with code in it; refused") from error
+            raise ValueError(f"{path} is damaged, or a pickle with code in it, which is not run; refused") from error
         return f.eval()
 
 

@@ -204,12 +204,13 @@ def distill(
     cache: PairCache | None = None,
     teacher: Teacher | None = None,
     images: Tensor | None = None,
-    every: int = 500,
+    every: int | None = None,
     measure: Callable[[Any], dict[str, float]] | None = None,
 ) -> tuple[Student, list[dict[str, float]]]:
     """Train `student` by one of OBJECTIVES on a pair cache, or on uint8 `images`; consistency distillation takes either,
     and with images makes its pairs on the fly, by Heun steps of `teacher` between LEVELS levels evenly spaced in the
-    chain's index. Every `every` updates a sheet of samples is written, and `measure(average)` goes into the history."""
+    chain's index. Every `every` updates (500, or a quarter of a short run) a sheet of samples is written, and
+    `measure(average)` goes into the history."""
     unet = cast(UNet, student.net).config
     shape = (unet["out_channels"], unet["sample_size"], unet["sample_size"])
     if cache is not None:
@@ -236,6 +237,7 @@ def distill(
         plots.save(plots.samples({f"{objective}, {step} updates, one evaluation": grid}), out / f"samples-{step:05d}.png")
         return {"contrast": float(grid.std())} | (measure(average) if measure else {})
 
+    every = every or min(500, max(1, settings["steps"] // 4))
     common: dict[str, Any] = {"seed": seed, "folder": out, "resume": resume, "precision": profile.precision, "ema": 0.999}
     average, history = fit(
         student.requires_grad_(True), chosen, batches, name=objective, every=every, on_every=on_every, **settings, **common

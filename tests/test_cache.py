@@ -350,10 +350,13 @@ def test_refresh_changes_the_targets_and_nothing_else(cache, teacher, images, tm
 
 def test_refresh_is_refused_and_changes_nothing(cache, teacher, tmp_path):
     before = contents(cache.folder)
-    with pytest.raises(ValueError, match="schedule differs"):
+    with pytest.raises(ValueError, match="schedule or image shape differs"):
         cache.refresh(make_teacher(0, DDPM.cosine(T)))
-    with pytest.raises(ValueError, match="schedule differs"):
+    with pytest.raises(ValueError, match="schedule or image shape differs"):
         cache.refresh(make_teacher(0, DDPM.linear(40, 1e-3, 0.2)))
+    larger = Teacher(UNet(**{**UNET, "in_channels": 3, "out_channels": 3}), teacher.process)
+    with pytest.raises(ValueError, match="schedule or image shape differs"):
+        cache.refresh(larger)
     assert contents(cache.folder) == before
     rollout = PairCache.build(tmp_path / "r", teacher, 40, source="rollout", shape=SHAPE, solver="ddim", steps=5)
     with pytest.raises(ValueError, match="build a new one"):

@@ -676,9 +676,11 @@ for name, found in errors.items():
 # - **Fresh chunks** lie on the denoiser at high noise, as the grid foretold.
 # - **CT and CD** learn from an EMA, which lags. In the shortest run (profile `ci`), truth has hardly reached the highest noise
 #   with them; in a longer one it has.
-# - **iCT, ECT and SCT** lie close together. With a budget like this, the step size moves them as much as distance and target
-#   do, so this table can't separate them; the exact grid above can. One thing to look for in a longer run: the 500 references
-#   don't contain the source (the batch does), so at the smallest t, where the nearest one gets all the weight, they are biased.
+# - **SCT against ECT** is the clean comparison, as the target alone differs. In a longer run (profile `cpu`) the lower variance of
+#   the target shows at every noise level; the shortest only begins to show it. The 500 references don't contain the source (the
+#   batch does), so at the smallest t, where the nearest one gets all the weight, they are biased.
+# - **iCT and ECT with another distance** are closer to each other than to SCT, and another step size would move them as much. Read
+#   nothing into their order.
 # - **The score term** changes little: where it is exact, at small t, the boundary has already done the work.
 # - **An exact teacher** helps less than one may expect: its few levels and its lagging target count, too.
 #

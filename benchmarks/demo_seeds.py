@@ -7,18 +7,13 @@ Writes `benchmarks/results/demo_seeds.json` and prints the table as Markdown.
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 from cmlib.cli import main
+from cmlib.compare import spread
 from cmlib.report import ROWS
 
 RESULTS = Path(__file__).parent / "results" / "demo_seeds.json"
-
-
-def cell(values: list[float], digits: int = 1) -> str:
-    """mean ± half the range."""
-    return f"{statistics.mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}"
 
 
 def markdown(runs: list[dict]) -> str:
@@ -34,10 +29,10 @@ def markdown(runs: list[dict]) -> str:
         fd = [run[f"fd_digits.{key}"] for run in runs]
         ratio = [run[f"fd_digits.{key}"] / run["fd_digits.teacher_ddim50"] for run in runs]
         few = fd if real else [run[f"fd_digits.{key}_at_n_real"] for run in runs]
-        quality = [cell([run[f"{metric}.{key}"] for run in runs], 2) for metric in ("precision", "recall")]
-        values = ["" if real else cell(fd), "" if real else cell(ratio, 2), cell(few), *quality]
+        quality = [spread([run[f"{metric}.{key}"] for run in runs], 2) for metric in ("precision", "recall")]
+        values = ["" if real else spread(fd), "" if real else spread(ratio, 2), spread(few), *quality]
         lines.append(f"| {label} | {evaluations} | {' | '.join(values)} |")
-    seconds = cell([run["seconds.total"] for run in runs], 0)
+    seconds = spread([run["seconds.total"] for run in runs], 0)
     memory = max(run["memory.peak_mb"] for run in runs)
     return "\n".join(
         [*lines, "", f"{len(runs)} seeds, mean ± half the range; {seconds} s a run on two cores, at most {memory:.0f} MB."]

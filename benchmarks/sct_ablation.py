@@ -6,6 +6,7 @@
 whole jumps from σ = 80: in one evaluation, and in the number of evaluations given. Three seeds, mean ± half the range.
 """
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -52,8 +53,6 @@ def one(options: dict, seed: int) -> dict[str, float]:
             yield {"x0": MIXTURE.sample(BATCH, seeded(10**6 * seed + k))}
 
     def keep(step, average):
-        import copy
-
         earlier.append(copy.deepcopy(average))
 
     objective = SCT(UPDATES, **options)

@@ -21,6 +21,7 @@ from cmlib.pipeline import (
     draw,
     draw_teacher,
     load_teacher,
+    resampled,
     shipped,
     train_teacher,
 )
@@ -121,10 +122,9 @@ def draw_sets(
     seed: int,
     full: bool,
 ) -> dict[str, Tensor]:
-    """uint8 images of every generator and of its baselines, n each; `resampled` is what a memoriser of the data would score."""
+    """uint8 images of every generator and of its baselines, n each."""
     n, shape = min(profile.samples, len(images)), student.image_shape
-    again = torch.randint(len(images), (n,), generator=torch.Generator().manual_seed(seed))
-    sets = {"real": held_out, "resampled": images[again]}
+    sets = {"real": held_out, "resampled": resampled(images, n, seed)}
     sets[f"teacher_ddim{WALK_STEPS}"] = draw_teacher(teacher, n, WALK_STEPS, "ddim", shape, seed)
     if full:
         sets["teacher_ddim200"] = draw_teacher(teacher, n, 200, "ddim", shape, seed)

@@ -254,6 +254,11 @@ def draw(f: Any, n: int, evaluations: int, shape: tuple[int, ...], seed: int, ba
     return torch.cat(parts)
 
 
+def resampled(images: Tensor, n: int, seed: int) -> Tensor:
+    """n of `images`, drawn with repetition: what a memoriser of the data would make."""
+    return images[torch.randint(len(images), (n,), generator=torch.Generator().manual_seed(seed))]
+
+
 def _step_noise(seed: int, index: Tensor, shape: tuple[int, ...], k: int) -> Tensor:
     return indexed_normal(seed, index, shape, 1 + k)
 

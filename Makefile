@@ -3,7 +3,7 @@ BIN := .venv/bin
 COLAB_TORCH ?= torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test test-t4 test-browser test-colab notebooks badges lint lab clean
+.PHONY: setup demo test test-t4 test-browser test-colab notebooks release badges lint lab clean
 
 $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -34,6 +34,9 @@ test-colab:  ## the notebooks under Colab's versions, in an environment of its o
 
 notebooks: $(INSTALLED)  ## regenerate and execute all of them, or NB=01
 	$(BIN)/python notebooks/build.py $(NB)
+
+release: $(INSTALLED)  ## the student versions of the personas' exercises, from their sources
+	$(BIN)/python notebooks/build.py --release
 
 badges: $(INSTALLED)  ## write the public address, REPO=owner/name, into pyproject.toml, the badges and the setup cells
 	$(BIN)/python notebooks/build.py --badges $(REPO)

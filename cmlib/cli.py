@@ -16,6 +16,7 @@ from cmlib.profiles import PROFILES, select
 from cmlib.recipes import OBJECTIVES
 from cmlib.teacher import SOLVERS
 
+SOLUTIONS = Path(__file__).resolve().parent.parent / "notebooks" / "solutions"
 TEACHER = "hub id or folder (default: the profile's)"
 
 
@@ -121,6 +122,9 @@ def parser() -> argparse.ArgumentParser:
     for name, text, add in (("teacher", "the DDPM teacher", _add_teacher), ("cache", "the pair cache", _add_cache)):
         add(top.add_parser(name, help=text, description=text).add_subparsers(required=True, metavar="action"))
     _add_students(top)
+    p = _command(top, "grade", commands.grade, "grade a folder or zip of submissions (needs nbgrader; for instructors)")
+    p.add_argument("folder", type=Path, help="<learner>/<exercise>.ipynb, or what Moodle or Canvas exported")
+    p.add_argument("--exercises", type=Path, default=SOLUTIONS, help="folder of solved exercises (default: the course's)")
     _command(top, "doctor", commands.doctor, "what this machine has and lacks, and which profile fits")
     return root
 

@@ -184,8 +184,10 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
         if student.image_shape != teacher.image_shape:
             raise ValueError(f"{args.student} makes images {student.image_shape}, the teacher {teacher.image_shape}")
     else:
-        steps = cache.key.get("steps", profile.rollout_steps) if cache else profile.rollout_steps
-        sigma_max = float(teacher.process.sigma(teacher.process.grid(steps)[-1:]))
+        sigma_max = recipes.largest_sigma(teacher)
+        if cache:  # the path's first state
+            steps = cache.key.get("steps", profile.rollout_steps)
+            sigma_max = float(teacher.process.sigma(teacher.process.grid(steps)[-1:]))
         student = recipes.first_student(args.objective, teacher, sigma_max)
     pairs: dict[str, Any] = {"cache": cache, "teacher": teacher, "images": images}
     trained, history = pipeline.distill(
@@ -281,6 +283,13 @@ def export(args: Namespace, profile: Profile) -> Metrics:
     exporting.export_diffusers(f, args.out)
     print(f"ConsistencyModelPipeline.from_pretrained({str(args.out)!r}) loads it")
     return {f"protocol.{k}": v for k, v in f.config.items() if k != "unet"}
+
+
+def grade(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib grade`"""
+    from cmlib import grading  # psutil, nbformat and nbgrader are the instructor's
+
+    return grading.grade(args.folder, args.exercises, args.out)
 
 
 def doctor(args: Namespace, profile: Profile) -> Metrics:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cmlib import lesson1, lesson2, lesson3, lesson4, lesson5, lesson6
+from cmlib import lesson1, lesson2, lesson3, lesson4, lesson5, lesson6, lesson7, persona1
 from cmlib.checks import NOT_DONE, Exercise
 
 EXERCISES: dict[str, Exercise] = {
     f"{number:02d}.{name}": exercise
-    for number, lesson in enumerate((lesson1, lesson2, lesson3, lesson4, lesson5, lesson6), 1)
+    for number, lesson in enumerate((lesson1, lesson2, lesson3, lesson4, lesson5, lesson6, lesson7), 1)
     for name, exercise in lesson.EXERCISES.items()
-}
+} | {f"p1.{name}": exercise for name, exercise in persona1.EXERCISES.items()}
 
 
 def check(name: str, fn: Callable[..., Any]) -> bool:

@@ -26,6 +26,9 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
+from cmlib.handin import SEED
+from cmlib.submissions import student_version
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PYPROJECT, TIMES, README = ROOT / "pyproject.toml", HERE / "times.json", ROOT / "README.md"
@@ -112,13 +115,44 @@ def times(name: str) -> str:
     return "; ".join(f"{told(known[p])} {words}" for p, words in MACHINES.items() if p in known) or "not measured yet"
 
 
+def gradable(notebook: NotebookNode) -> None:
+    """Give the cells of a graded exercise their marks and nbgrader's metadata, and fill in `{rubric}`.
+
+    A cell says `answer="name"` (the learner writes it), `grade="name" points=2 about="…"` (a hidden test grades it),
+    `manual="name" points=2 about="…"` (the learner writes it, a person grades it) or `locked="name"`.
+    """
+    lines = ["| what is graded | points | by |", "|---|---|---|"]
+    for cell in notebook.cells:
+        kind = next((k for k in ("answer", "grade", "manual", "locked") if k in cell.metadata), None)
+        name = cell.metadata.pop(kind) if kind else "setup" if "setup" in cell.metadata.get("tags", []) else None
+        if name is None:
+            continue
+        info = {"grade": kind in ("grade", "manual"), "solution": kind in ("answer", "manual"), "grade_id": name}
+        info |= {"locked": not info["solution"], "schema_version": 3, "task": False}
+        if info["grade"]:
+            info["points"] = cell.metadata.pop("points")
+            lines.append(f"| {cell.metadata.about} | {info['points']} | {'code' if kind == 'grade' else 'a person'} |")
+        cell.metadata.nbgrader = nbformat.from_dict(info)
+        if kind:  # a second way to find the cell, where an editor strips its metadata
+            mark = f"@{'answer' if info['solution'] else 'graded' if info['grade'] else 'locked'} {name}"
+            told = "keep this line" if info["solution"] else "leave this cell as it is"
+            cell.source = (f"<!-- {mark} -->" if cell.cell_type == "markdown" else f"# {mark} ({told})") + f"\n{cell.source}"
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("{rubric}", "\n".join(lines))
+
+
 def assemble(source: Path) -> NotebookNode:
-    """The notebook of a source, not executed: generated parts filled in, ids that follow from the cells' text."""
+    """The notebook of a source, not executed: generated parts filled in, ids that follow from the cells' text.
+
+    Of a persona's exercise, it is the solved one; `student_version` makes what learners get.
+    """
     target = HERE / source.relative_to(HERE / "source").with_suffix(".ipynb")
     notebook = jupytext.read(source)
     notebook.metadata = nbformat.from_dict(KERNEL)
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     seen: set[str] = set()
+    if source.parent.name == "personas":
+        gradable(notebook)
     for cell in notebook.cells:
         if "setup" in cell.metadata.get("tags", []):
             cell.source = SETUP.format(repo=repository(), tag=tag()).rstrip()
@@ -133,19 +167,34 @@ def assemble(source: Path) -> NotebookNode:
 
 
 def targets(names: list[str]) -> dict[Path, Path]:
-    """source -> notebook, all or those whose names start with one of `names`."""
-    sources = [p for p in sorted((HERE / "source").rglob("*.py")) if not names or p.stem.startswith(tuple(names))]
-    if not sources:
-        raise SystemExit(
-            f"build: no source starts with {' or '.join(names)}; there are "
-            f"{', '.join(p.stem for p in sorted((HERE / 'source').rglob('*.py')))}"
-        )
-    return {p: HERE / p.relative_to(HERE / "source").with_suffix(".ipynb") for p in sources}
+    """source -> notebook, all or those whose names start with one of `names`; a persona's goes to solutions/."""
+    known = {p.relative_to(HERE / "source").with_suffix("").as_posix(): p for p in sorted((HERE / "source").rglob("*.py"))}
+    found = {name: source for name, source in known.items() if not names or name.startswith(tuple(names))}
+    if not found:
+        raise SystemExit(f"build: no source starts with {' or '.join(names)}; there are {', '.join(known)}")
+    return {source: HERE / f"{name.replace('personas/', 'solutions/')}.ipynb" for name, source in found.items()}
+
+
+def where(source: Path) -> str:
+    """What `make notebooks NB=` takes to make a source's notebook."""
+    return f"{source.parent.name}/{source.stem[:2]}".removeprefix("source/")
+
+
+def release(source: Path) -> Path:
+    """Where the student version of a persona's exercise is."""
+    return HERE / "personas" / f"{source.stem}.ipynb"
+
+
+def write_release(source: Path) -> None:
+    """Write the student version of a persona's exercise; nothing to do for a lesson."""
+    if source.parent.name == "personas":
+        release(source).parent.mkdir(exist_ok=True)
+        nbformat.write(student_version(assemble(source)), release(source))
 
 
 def execute(notebook: NotebookNode, folder: Path, profile: str) -> float:
     """Run it in place in this checkout, and return the seconds it took."""
-    os.environ |= {"CMLIB_PROFILE": profile, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
+    os.environ |= {"CMLIB_PROFILE": profile, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", SEED: "0"}
     begin = time.perf_counter()
     client = NotebookClient(
         notebook, timeout=3600, store_widget_state=False, record_timing=False, resources={"metadata": {"path": str(folder)}}
@@ -178,12 +227,13 @@ def tidy(notebook: NotebookNode) -> list[str]:
 def build(source: Path, target: Path) -> None:
     """Execute at profile cpu and write the notebook."""
     notebook = assemble(source)
+    target.parent.mkdir(exist_ok=True)
     record(target.stem, "cpu", execute(notebook, target.parent, "cpu"))
     problems = tidy(notebook)
     for cell, fresh in zip(notebook.cells, assemble(source).cells, strict=True):  # its time may be new
         cell.source, cell.id = fresh.source, fresh.id
-    target.parent.mkdir(exist_ok=True)
     nbformat.write(notebook, target)
+    write_release(source)
     print(f"{target.relative_to(ROOT)}: {len(notebook.cells)} cells, {target.stat().st_size // 1000} kB")
     if problems:
         raise SystemExit("build: " + "\nbuild: ".join(problems))
@@ -209,11 +259,12 @@ def regenerate(source: Path, target: Path) -> None:
         a.source == b.source for k, (a, b) in enumerate(zip(old.cells, new.cells, strict=True)) if k not in generated
     )
     if not same:
-        raise SystemExit(f"build: {target.name} is older than its source; run `make notebooks NB={target.stem[:2]}`")
+        raise SystemExit(f"build: {target.name} is older than its source; run `make notebooks NB={where(source)}`")
     for before, now in zip(old.cells, new.cells, strict=True):
         if now.cell_type == "code":
             now.outputs, now.execution_count = before.outputs, before.execution_count
     nbformat.write(new, target)
+    write_release(source)
 
 
 def drift(source: Path, target: Path) -> list[str]:
@@ -227,7 +278,11 @@ def drift(source: Path, target: Path) -> list[str]:
     problems = [] if keys[0] == keys[1] and old.metadata == new.metadata else ["differs from its source"]
     if any(c.cell_type == "code" and c.source and c.execution_count is None for c in old.cells):
         problems.append("has cells that were not executed")
-    return [f"{name} {p}; run `make notebooks NB={target.stem[:2]}`" for p in problems + tidy(old)]
+    if source.parent.name == "personas":
+        handed_out = release(source)
+        if not handed_out.exists() or nbformat.read(handed_out, 4) != student_version(new):
+            problems.append("has another student version; run `make release`")
+    return [f"{name} {p}; run `make notebooks NB={where(source)}`" for p in problems + tidy(old)]
 
 
 def cover(notebook: NotebookNode) -> tuple[bytes, str]:
@@ -268,6 +323,7 @@ def main() -> None:
         "--badges", nargs="?", const="", help="set the address to owner/name, write the generated cells, don't execute"
     )
     parser.add_argument("--check", action="store_true", help="fail where a notebook differs from its source")
+    parser.add_argument("--release", action="store_true", help="only write the personas' student versions")
     parser.add_argument("--time", metavar="PROFILE", help="only execute at PROFILE and keep the time")
     args = parser.parse_args()
     if args.badges:
@@ -276,6 +332,8 @@ def main() -> None:
     for source, target in targets(args.names).items():
         if args.check:
             problems += drift(source, target)
+        elif args.release:
+            write_release(source)
         elif args.time:
             record(target.stem, args.time, execute(assemble(source), target.parent, args.time))
             regenerate(source, target)

@@ -8,11 +8,13 @@ from unittest import mock
 import pytest
 import torch
 
+from cmlib.handin import SEED
 from cmlib.profiles import PROFILES
 
 PROFILE = os.environ.get("CMLIB_PROFILE", "ci")
 SECONDS = float(os.environ.get("CMLIB_NOTEBOOK_SECONDS", 60 if PROFILE == "ci" else 3600))
 ROOT = Path(__file__).resolve().parent.parent
+collect_ignore = ["personas"]  # not solved; tests/test_grading.py runs them
 
 
 def tags(item):
@@ -26,9 +28,8 @@ def pytest_runtest_setup(item):
     if "gpu" in tags(item) and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with mock.patch.dict(
-        os.environ, {"CMLIB_PROFILE": PROFILE, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONPATH": path}
-    ):
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    with mock.patch.dict(os.environ, {"CMLIB_PROFILE": PROFILE, "OMP_NUM_THREADS": threads, "PYTHONPATH": path, SEED: "0"}):
         return (yield)
 
 

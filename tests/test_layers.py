@@ -5,9 +5,9 @@ from pathlib import Path
 
 LAYERS = [
     "files", "ops", "process", "unet", "oracle", "data", "consistency", "curricula", "stable", "continuous", "teacher",
-    "cache", "objectives", "train", "evaluate", "plots", "widgets", "checks", "lesson1", "lesson2", "lesson3", "lesson4",
-    "lesson5", "lesson6", "exercises", "export", "profiles", "recipes", "pipeline", "report", "demo", "compare", "commands",
-    "cli", "__main__",
+    "cache", "objectives", "train", "evaluate", "plots", "widgets", "checks", "handin", "lesson1", "lesson2", "lesson3",
+    "lesson4", "lesson5", "lesson6", "export", "profiles", "recipes", "pipeline", "persona1", "exercises", "report", "demo",
+    "compare", "sandbox", "runner", "submissions", "gradebook", "grading", "commands", "cli", "__main__",
 ]  # fmt: skip
 PACKAGE = Path(__file__).resolve().parent.parent / "cmlib"
 
@@ -29,8 +29,8 @@ def test_imports_go_down():
 
 def test_size():
     lines = {p.name: len(p.read_text().splitlines()) for p in PACKAGE.glob("*.py")}
-    library = sum(n for name, n in lines.items() if not name.startswith("lesson"))  # those hold the exercises
-    assert library <= 5500 and max(lines.values()) <= 350, lines
+    library = sum(n for name, n in lines.items() if not name.startswith(("lesson", "persona")))  # those hold the exercises
+    assert library <= 6000 and max(lines.values()) <= 350, lines
     functions = [
         (p.name, node.name, node.end_lineno - node.lineno + 1)
         for p in PACKAGE.glob("*.py")

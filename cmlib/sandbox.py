@@ -1,0 +1,201 @@
+"""Run a command that nobody has read: in namespaces of its own where the machine has them, always under limits."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/fonts", "/etc/ld.so.cache"]
+STOP = threading.Event()  # set: whatever runs here is killed
+USERS = itertools.count()
+PROBE = """import os, pathlib, subprocess, sys, cmlib.runner
+files = pathlib.Path(cmlib.__file__).parents[1].rglob("data/**/*")
+seen = all(os.access(f, os.R_OK) for f in files)
+sys.exit(not seen or subprocess.call([sys.executable, "-c", "import ipykernel, torch"]))"""
+PROMISES = {
+    "bubblewrap": "no network, own processes, a file system with nothing in it but Python and cmlib (read-only) and its folder",
+    "unshare": "no network, own processes; hidden tests and gradebook are covered, other files as the system protects them",
+    "limits alone": "THE NETWORK AND YOUR FILES ARE OPEN to submissions: install bubblewrap, or grade in a container",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one submission: seconds, bytes, processes. `cell` is one cell's seconds, after which the next one has its turn."""
+
+    wall: float = 180
+    cell: int = 60
+    memory: int = 4 * 2**30
+    disk: int = 2**28
+    processes: int = 50
+
+    def told(self) -> str:
+        """As JSON for `cmlib.runner`, which sets what the kernel of the system can hold."""
+        mine = sum(p.num_threads() for p in psutil.process_iter(["uids"]) if p.info["uids"].real == os.getuid())
+        room = 200 if os.getuid() == 0 else mine + 200  # threads; counted over all processes of one user
+        cpu = int(2 * self.wall)
+        return json.dumps(
+            {"cell": self.cell, "CPU": cpu, "DATA": self.memory, "FSIZE": self.disk // 4, "NPROC": room, "CORE": 0}
+        )
+
+
+def _dropped() -> list[str]:
+    """A prefix that gives up every privilege; root becomes a user that owns nothing."""
+    prefix = ["setpriv", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
+    if os.getuid() == 0:
+        user = 61_000 + next(USERS) % 4_000  # one each, since the kernel counts processes by user
+        prefix = [prefix[0], f"--reuid={user}", f"--regid={user}", "--clear-groups", *prefix[1:]]
+    return prefix
+
+
+def _bubblewrap(folder: Path, hidden: Sequence[Path]) -> list[str]:
+    places = [*SYSTEM, sys.base_prefix, sys.prefix, str(ROOT / "cmlib"), str(ROOT / "data")]
+    if os.environ.get("CMLIB_DATASETS"):
+        places.append(str(Path(os.environ["CMLIB_DATASETS"]).resolve()))
+    root = os.getuid() == 0
+    return [
+        *["bwrap", "--die-with-parent", "--new-session", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"],
+        *([] if root else ["--unshare-user"]),
+        *["--cap-drop", "ALL"],
+        *(" ".join(f"--cap-add CAP_{c}" for c in ("SETUID", "SETGID", "SETPCAP")).split() if root else []),
+        *["--proc", "/proc", "--dev", "/dev", "--bind", f"{folder}/tmp", "/tmp"],
+        *(word for p in places for above in reversed(Path(p).parents[:-1]) for word in ("--dir", str(above))),
+        *(word for p in places for word in ("--ro-bind-try", p, p)),
+        *["--bind", str(folder), str(folder), "--bind", f"{folder}/tmp", "/dev/shm"],
+        *["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", str(folder), "--"],
+        *_dropped(),
+        "--",
+    ]
+
+
+def _unshare(folder: Path, hidden: Sequence[Path]) -> list[str]:
+    cover = 'for p in $COVER; do mount -t tmpfs -o size=4k,ro none "$p" || exit 9; done; exec "$@"'
+    user = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
+    spaces = ["--net", "--pid", "--mount", "--ipc", "--fork", "--kill-child", "--mount-proc"]
+    covered = "IFS=:; COVER='" + ":".join(str(p) for p in hidden if p.is_dir()) + "'; "
+    return ["unshare", *user, *spaces, "sh", "-c", covered + cover, "sh", *_dropped(), "--"]
+
+
+def _bare(folder: Path, hidden: Sequence[Path]) -> list[str]:
+    if os.getuid() == 0:
+        raise ValueError(
+            "root must not run submissions without bubblewrap or namespaces: be another user, or chmod -R a+rX the course"
+        )
+    return []
+
+
+LEVELS = {"bubblewrap": _bubblewrap, "unshare": _unshare, "limits alone": _bare}
+
+
+@functools.cache
+def level() -> str:
+    """The strongest of LEVELS that works on this machine."""
+    for name in LEVELS:
+        with tempfile.TemporaryDirectory(prefix="cmlib-") as folder:
+            try:
+                if not run([sys.executable, "-c", PROBE], Path(folder), Limits(wall=60), name=name):
+                    return name
+            except FileNotFoundError:
+                continue
+    raise ValueError("a Python that knows cmlib cannot be started under limits here; see `cmlib doctor`")
+
+
+def run(
+    command: Sequence[str],
+    folder: Path,
+    limits: Limits,
+    hidden: Sequence[Path] = (),
+    extra: dict[str, str] | None = None,
+    name: str | None = None,
+) -> str:
+    """Run `command` in `folder`, the only place that it may write to; an empty string, or why it did not end well.
+
+    `hidden` are folders that it must not see, `extra` is added to an environment of its own. What it prints is lost.
+    """
+    folder = folder.resolve()
+    for path in (folder, folder / "tmp", folder / "home"):
+        path.mkdir(exist_ok=True)
+        path.chmod(0o777)
+    environment = {
+        **{k: os.environ[k] for k in ("LANG", "CMLIB_DATASETS", "LD_LIBRARY_PATH") if k in os.environ},
+        **{"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
+        **{"HOME": f"{folder}/home", "TMPDIR": f"{folder}/tmp", "JUPYTER_RUNTIME_DIR": f"{folder}/tmp/r", "USER": "learner"},
+        **{"OMP_NUM_THREADS": "1", "CMLIB_PROFILE": "ci", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        **(extra or {}),
+    }
+    prefix = LEVELS[name or level()](folder, hidden)
+    with open(os.devnull, "r+b") as null:
+        process = subprocess.Popen(
+            [*prefix, *command],
+            cwd=folder,
+            env=environment,
+            start_new_session=True,
+            umask=0o022,
+            stdin=null,
+            stdout=null,
+            stderr=null,
+        )
+    family: list[psutil.Process] = []
+    try:
+        return _watch(process, folder, limits, family)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        process.wait()
+
+
+def _watch(process: subprocess.Popen, folder: Path, limits: Limits, family: list[psutil.Process]) -> str:
+    begin = time.monotonic()
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(timeout=0.3)
+            return "" if code == 0 else f"it ended with status {code}"
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family[:] = psutil.Process(process.pid).children(recursive=True)
+        if STOP.is_set():
+            return "grading was interrupted"
+        if time.monotonic() - begin > limits.wall:
+            return f"it ran longer than {limits.wall:g} s"
+        if len(family) > limits.processes:
+            return f"it started more than {limits.processes} processes"
+        if sum(map(_memory, family)) > limits.memory:
+            return f"it used more than {limits.memory / 2**30:g} GiB of memory"
+        if _size(folder, limits.disk) > limits.disk:
+            return f"it wrote more than {limits.disk // 2**20} MiB"
+
+
+def _memory(process: psutil.Process) -> int:
+    try:
+        return process.memory_info().rss
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def _size(folder: Path, enough: int) -> int:
+    """Bytes under `folder`; stops counting beyond `enough`."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(where, name)).st_size + 4096
+            if total > enough:
+                return total
+    return total

@@ -1,0 +1,237 @@
+"""Graded exercises, and what comes back: folders, zips and learning platforms' names, put back into the exercise's form."""
+
+from __future__ import annotations
+
+import copy
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbformat import NotebookNode
+
+MARK = re.compile(r"@(answer|graded|locked) (\w+)")
+HIDDEN = re.compile(r"^### BEGIN HIDDEN TESTS\n(.*?)^### END HIDDEN TESTS", re.M | re.S)
+MOODLE = re.compile(r"(.+?_\d+)_assignsubmission_[a-z]+_(.*)")
+CANVAS = re.compile(r"([^_]+)(?:_LATE)?(_\d+)_\d+_(.+)")
+LARGEST = 20_000_000  # bytes of a notebook
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a rubric: a cell of that name, graded by its hidden test or by a person."""
+
+    name: str
+    points: float
+    manual: bool
+    about: str
+
+
+@dataclass(frozen=True)
+class GradedExercise:
+    """The solved notebook with its hidden tests, what learners get, and the rubric."""
+
+    name: str
+    solved: NotebookNode
+    student: NotebookNode
+    lines: list[Line]
+
+
+@dataclass
+class Submission:
+    """A file of one learner; `data` is None where there is none that can be read, and `notes` say why."""
+
+    learner: str
+    file: str
+    data: bytes | None
+    order: Any = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def student_version(solved: NotebookNode) -> NotebookNode:
+    """What learners get of a solved notebook: no solutions, no hidden tests, no outputs (by nbgrader's own steps)."""
+    try:
+        from nbgrader import preprocessors as steps
+    except ImportError as error:
+        raise ValueError("graded exercises need nbgrader: pip install 'cmlib[grade]'") from error
+    notebook = copy.deepcopy(solved)
+    for step in (steps.ClearSolutions, steps.ClearHiddenTests, steps.ClearOutput, steps.LockCells, steps.ComputeChecksums):
+        notebook, _ = step().preprocess(notebook, {})
+    return notebook
+
+
+def exercises(folder: Path) -> dict[str, GradedExercise]:
+    """The solved notebooks of `folder` by name. Raises ValueError where there are none."""
+    found = {}
+    for path in sorted(folder.glob("*.ipynb")):
+        solved = nbformat.read(path, 4)
+        lines = [
+            Line(info["grade_id"], float(info["points"]), info["solution"], cell.metadata.get("about", info["grade_id"]))
+            for cell in solved.cells
+            if (info := cell.metadata.get("nbgrader", {})).get("grade")
+        ]
+        found[path.stem] = GradedExercise(path.stem, solved, student_version(solved), lines)
+    if not found:
+        raise ValueError(f"no solved exercises in {folder}; give their folder with --exercises")
+    return found
+
+
+# ---- whose file is it
+
+
+def collect(source: Path) -> list[Submission]:
+    """Submissions in a folder or zip: `<learner>/x.ipynb`, or the names that Moodle and Canvas export. Raises ValueError."""
+    found: list[tuple[Path, int, Any, bytes | None]] = []
+    if source.is_file() and zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for info in archive.infolist():
+                if not info.is_dir():
+                    read = archive.read(info) if info.file_size <= LARGEST and info.filename.endswith(".ipynb") else None
+                    found.append((Path(info.filename), info.file_size, info.date_time, read))
+    elif source.is_dir():
+        for path in sorted(p for p in source.rglob("*") if p.is_file() and not p.is_symlink()):
+            stat = path.stat()
+            read = path.read_bytes() if stat.st_size <= LARGEST and path.suffix == ".ipynb" else None
+            found.append((path.relative_to(source), stat.st_size, stat.st_mtime, read))
+    else:
+        raise ValueError(f"{source} is neither a folder nor a zip of submissions")
+    found = [f for f in found if not any(part.startswith((".", "__MACOSX")) for part in f[0].parts)]
+    while found and all(len(p.parts) > 2 for p, *_ in found) and len({p.parts[0] for p, *_ in found}) == 1:
+        found = [(f[0].relative_to(f[0].parts[0]), *f[1:]) for f in found]  # the folder that was zipped
+    submissions = []
+    for path, size, order, data in found:
+        learner, name = whose(path)
+        submission = Submission(learner, name, data, order)
+        if data is None:
+            large = size > LARGEST and path.suffix == ".ipynb"
+            submission.notes.append(
+                f"{name}: larger than {LARGEST // 10**6} MB, not read" if large else f"not a notebook: {name}"
+            )
+        submissions.append(submission)
+    whole = {s.learner for s in submissions if s.data is not None}
+    kept = [s for s in submissions if s.data is not None or s.learner not in whole]  # beside a notebook, other files are data
+    if not kept:
+        raise ValueError(f"no submissions in {source}; expected <learner>/<exercise>.ipynb")
+    return kept
+
+
+def whose(path: Path) -> tuple[str, str]:
+    """Learner and file name of a path inside the folder of submissions."""
+    first = path.parts[0]
+    if found := MOODLE.fullmatch(first):
+        learner, name = found[1], found[2] if len(path.parts) == 1 else path.name
+    elif len(path.parts) > 1:
+        learner, name = first, path.name
+    elif found := CANVAS.fullmatch(first):
+        learner, name = found[1] + found[2], found[3]
+    else:
+        learner, name = path.stem, path.name
+    return re.sub(r"[^\w.@ -]+", "_", learner).strip(" .@-") or "unnamed", name
+
+
+def recognise(submission: Submission, notebook: NotebookNode | None, known: dict[str, GradedExercise]) -> str:
+    """Which exercise a submission belongs to, by its file's name, else by its cells; empty where nothing tells."""
+    plain = re.sub(r"\W+", "_", Path(submission.file).stem.casefold())
+    if named := [name for name in known if re.sub(r"\W+", "_", name.casefold()) in plain]:
+        return max(named, key=len)
+    ids = {found for cell in (notebook.cells if notebook else []) if (found := _identity(cell))}
+    shared = {name: len(ids & {_identity(c) for c in e.student.cells}) for name, e in known.items()}
+    return max(shared, key=lambda name: shared[name]) if any(shared.values()) else ""
+
+
+# ---- back into the exercise's form
+
+
+def _identity(cell: NotebookNode) -> str:
+    """A cell's grade id, by nbgrader's metadata, or where that was stripped by the mark in its text."""
+    info = cell.metadata.get("nbgrader")
+    name = info.get("grade_id") if isinstance(info, dict) else None
+    mark = MARK.search(cell.source)
+    return str(name or (mark[2] if mark else ""))
+
+
+def parse(data: bytes) -> NotebookNode:
+    """A notebook's cells with their text and outputs, nothing else of it. Raises ValueError."""
+    try:
+        raw = nbformat.reads(data.decode("utf-8-sig"), 4)
+        cells = []
+        for cell in raw.cells:
+            make = nbformat.v4.new_markdown_cell if cell.cell_type == "markdown" else nbformat.v4.new_code_cell
+            new = make(str(cell.source), metadata={"nbgrader": cell.metadata.get("nbgrader")})
+            if cell.cell_type == "code":
+                outputs = [o for o in cell.outputs if o.output_type in ("stream", "display_data", "execute_result", "error")]
+                new.outputs = nbformat.from_dict(outputs)
+                nbformat.validate(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=new.outputs)]))
+            if cell.cell_type in ("markdown", "code"):
+                cells.append(new)
+        return nbformat.v4.new_notebook(cells=cells)
+    except Exception as error:  # whatever a damaged file may raise
+        raise ValueError(f"not a notebook that can be read ({type(error).__name__})") from error
+
+
+def merge(theirs: NotebookNode, exercise: GradedExercise) -> tuple[NotebookNode, list[str]]:
+    """The exercise with the learner's answers and added cells in it, every other cell as handed out; and what was odd."""
+    names = {_identity(c): k for k, c in enumerate(exercise.student.cells) if _identity(c)}
+    texts = {c.source.strip(): k for k, c in enumerate(exercise.student.cells)}
+    given: dict[int, list[NotebookNode]] = defaultdict(list)
+    added: dict[int, list[NotebookNode]] = defaultdict(list)
+    place = -1
+    for cell in theirs.cells:
+        k = names.get(_identity(cell), texts.get(cell.source.strip()))
+        if k is not None:
+            given[k].append(cell)
+            place = max(place, k)
+        elif cell.source.strip():
+            added[place].append(cell)
+    notes, cells = [], list(added[-1])
+    for k, original in enumerate(exercise.student.cells):
+        mine, info = given[k], original.metadata.get("nbgrader", {})
+        cell = copy.deepcopy(original)
+        name, answer = info.get("grade_id"), info.get("solution", False)
+        written = [c for c in mine if c.source.strip() != original.source.strip()]
+        if mine and cell.cell_type == "code" == mine[0].cell_type:
+            cell.outputs = mine[0].outputs
+        if name and not mine:
+            notes.append(f"cell {name} was deleted" + ("" if answer else ", and is put back"))
+        if len(mine) > 1 and name:
+            notes.append(f"{len(mine)} cells are named {name}" + (", and all of them count" if answer else ""))
+        if answer:
+            cell.source = "\n\n".join(c.source for c in written) or original.source
+        elif name and written:
+            notes.append(f"cell {name} was edited, and is put back")
+        cells += [cell, *added[k]]
+    if names and not any(c.metadata.get("nbgrader") for c in theirs.cells):
+        notes.append("the grading metadata was stripped; cells were found by their text")
+    return nbformat.v4.new_notebook(cells=cells, metadata=exercise.student.metadata), notes
+
+
+# ---- who wrote with whom
+
+
+def similar(exercise: GradedExercise, answers: dict[str, NotebookNode]) -> Iterator[tuple[str, str, str, float]]:
+    """(learner, learner, `code` or `text`, share) of every pair: how much of what they wrote beyond the exercise and its
+    solution they have in common, as the Jaccard index of runs of 6 tokens or 4 words; names of their own count alike."""
+    public = [c.source for c in (*exercise.solved.cells, *exercise.student.cells)]
+    vocabulary = set(re.findall(r"\w+", " ".join(public)))
+    for kind, n, cell_type in (("code", 6, "code"), ("text", 4, "markdown")):
+        known = set().union(*(_runs(source, kind, n, vocabulary) for source in public))
+        own = {}
+        for learner, notebook in answers.items():
+            cells = (_runs(c.source, kind, n, vocabulary) for c in notebook.cells if c.cell_type == cell_type)
+            own[learner] = set().union(*cells) - known
+        for a, b in combinations([learner for learner in own if len(own[learner]) >= 15], 2):
+            yield a, b, kind, len(own[a] & own[b]) / len(own[a] | own[b])
+
+
+def _runs(source: str, kind: str, n: int, vocabulary: set[str]) -> set[tuple[str, ...]]:
+    if kind == "text":
+        words = re.findall(r"\w+", source.casefold())
+    else:
+        words = re.findall(r"\w+|[^\w\s]", re.sub(r"#.*", "", source))
+        words = [w if w in vocabulary or not w[0].isalpha() else "name" for w in words]
+    return set(zip(*(words[k:] for k in range(n)), strict=False))

@@ -19,7 +19,7 @@ from cmlib.files import write_json
 from cmlib.ops import indexed_normal
 from cmlib.pipeline import SAMPLING_SEED, Features, distill, draw, draw_teacher, resampled
 from cmlib.profiles import Profile
-from cmlib.recipes import OBJECTIVES, first_student, recipe
+from cmlib.recipes import OBJECTIVES, first_student, largest_sigma, recipe
 from cmlib.teacher import Teacher
 from cmlib.unet import UNet
 
@@ -71,11 +71,10 @@ class Comparison:
     def start(self, objective: str, seed: int) -> Any:
         """The student before training."""
         teacher = self.teacher
-        sigma_max = float(teacher.process.sigma(teacher.process.grid(self.profile.rollout_steps)[-1:]))
         if self.from_nothing:
             torch.manual_seed(seed)
             teacher = replace(teacher, unet=UNet.from_config(cast(UNet, teacher.unet).config).to(teacher.device))
-        return first_student(objective, teacher, sigma_max)
+        return first_student(objective, teacher, largest_sigma(teacher))
 
     def row(self, objective: str, seed: int, out: Path) -> dict[str, Any]:
         """Train by `objective` and measure what came of it; what `out` already holds is reused."""

@@ -75,3 +75,19 @@ def test_bad_requests_end_in_one_line(args, message, tmp_path, capsys):
     assert main(["compare", "--profile", "ci", *args, "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_a_student_of_images_jumps_from_the_papers_80_in_proportion_to_the_side():
+    """32×32: 80 (CM, iCT, ECT); digits of 8×8: 20, where pure noise and noised digits are all but the same."""
+    digits = pipeline.load_teacher("digits_teacher")
+    wide = Teacher(UNet(**{**UNET, "sample_size": 32}), DDPM.linear())
+    assert (recipes.largest_sigma(wide), recipes.largest_sigma(digits)) == (80.0, 20.0)
+    for objective in ("ect", "sct", "ct", "meanflow"):
+        f = recipes.first_student(objective, digits, recipes.largest_sigma(digits))
+        assert f.levels(1) == [20.0] and 0.3 < f.levels(2)[1] < 1, "two evaluations meet in the middle of ln σ"
+    images = pipeline.data.to_float(pipeline.data.load("digits")[0])
+    noised = images + 20 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noise = 20 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    t = torch.full((len(images),), 20.0)
+    made = [digits.denoise(x, t) for x in (noised, noise)]
+    assert float((made[0].mean(0) - made[1].mean(0)).pow(2).mean().sqrt()) < 0.1 * float(images.std())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cmlib import __version__, commands
+from cmlib.export import FORMATS
 from cmlib.files import write_json
 from cmlib.ops import seed_everything
 from cmlib.profiles import PROFILES, select
@@ -105,8 +106,9 @@ def _add_students(top: Any) -> None:
     p.add_argument("--from-nothing", action="store_true", help="start from random weights instead of the teacher's")
     p.add_argument("--teacher", help=TEACHER)
 
-    p = _command(top, "export", commands.export, "a student in another format")
-    p.add_argument("--format", choices=["diffusers"], default="diffusers")
+    p = _command(top, "export", commands.export, "a student in another format, with its parity against eager PyTorch")
+    p.add_argument("--format", choices=[*FORMATS], default="diffusers")
+    p.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32", help="of the network; scalings stay fp32")
     p.add_argument("--checkpoint", type=Path, required=True)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmlib import compare as comparing
-from cmlib import data, evaluate, pipeline, plots, recipes, report
+from cmlib import data, evaluate, parity, pipeline, plots, recipes, report
 from cmlib import demo as demo_run
 from cmlib import export as exporting
 from cmlib.cache import PairCache
@@ -280,9 +280,26 @@ def compare(args: Namespace, profile: Profile) -> Metrics:
 def export(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib export`"""
     f = ConsistencyFunction.load(args.checkpoint)
-    exporting.export_diffusers(f, args.out)
-    print(f"ConsistencyModelPipeline.from_pretrained({str(args.out)!r}) loads it")
-    return {f"protocol.{k}": v for k, v in f.config.items() if k != "unet"}
+    held_out, _ = data.load(profile.dataset, "test", limit=64)
+    if f.image_shape != tuple(held_out.shape[1:]):
+        raise ValueError(
+            f"{args.checkpoint} makes images {f.image_shape}, {profile.dataset}'s are {tuple(held_out.shape[1:])}; give the"
+            " --dataset it was trained on, which the report measures on"
+        )
+    images = data.load(profile.dataset, limit=256)[0] if args.precision == "int8" else None
+    if args.format not in ("onnx", "diffusers") and torch.cuda.is_available():
+        f = f.to("cuda")
+    told = exporting.save(f, args.out, args.format, args.precision, images)
+    found = parity.measure(f, exporting.load(args.out), held_out, args.seed)
+    found |= {"size.megabytes": (args.out / told["file"]).stat().st_size / 1e6}
+    found |= {f"protocol.{k}": told[k] for k in ("format", "precision", "weights_sha256")}
+    write_json(args.out / "parity.json", found)
+    print(parity.table(found) + f"\n\n{args.out / told['file']}, metadata.json and parity.json beside it")
+    if args.format == "diffusers":
+        print(f"ConsistencyModelPipeline.from_pretrained({str(args.out)!r}) loads it")
+    if args.format == "torchscript":
+        print("torch.jit is deprecated: it still loads everywhere, but torch-export and onnx are what comes next.")
+    return found
 
 
 def grade(args: Namespace, profile: Profile) -> Metrics:
@@ -304,6 +321,8 @@ def doctor(args: Namespace, profile: Profile) -> Metrics:
         "ipywidgets",
         "jupyterlab",
         "torch-fidelity",
+        "onnxruntime",
+        "tensorrt",
     ):
         try:
             found[package] = metadata.version(package)

@@ -6,8 +6,9 @@ from pathlib import Path
 LAYERS = [
     "files", "ops", "process", "unet", "oracle", "data", "consistency", "curricula", "stable", "continuous", "teacher",
     "cache", "objectives", "train", "evaluate", "plots", "widgets", "checks", "handin", "lesson1", "lesson2", "lesson3",
-    "lesson4", "lesson5", "lesson6", "lesson7", "export", "profiles", "recipes", "pipeline", "persona1", "exercises", "report",
-    "demo", "compare", "sandbox", "runner", "submissions", "gradebook", "grading", "commands", "cli", "__main__",
+    "lesson4", "lesson5", "lesson6", "lesson7", "formats", "engine", "export", "parity", "profiles", "recipes", "pipeline",
+    "persona1", "exercises", "report", "demo", "compare", "sandbox", "runner", "submissions", "gradebook", "grading",
+    "commands", "cli", "__main__",
 ]  # fmt: skip
 PACKAGE = Path(__file__).resolve().parent.parent / "cmlib"
 

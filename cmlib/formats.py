@@ -62,8 +62,8 @@ def _quiet() -> Iterator[None]:
 class HalfNetwork(nn.Module):
     """F(x, t) in float16 between float32 ends; t stays float32 as far as its sinusoids, and f's scalings outside do.
 
-    In float16 σ² overflows above σ = 256, 250·ln σ is rounded to a whole number at σ = 80, and x itself, which f nearly
-    returns at small σ, loses digits.
+    In float16 σ² overflows above σ = 256, 250·ln σ is rounded to a whole number at σ = 80, and f(x, σ_min) = x would hold to
+    three digits instead of exactly.
     """
 
     def __init__(self, net: UNet):

@@ -60,10 +60,9 @@ def begin(out: Path, known: Mapping[str, GradedExercise]) -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic by its name
     lines = [f"c.CourseDirectory.root = {str(out.resolve())!r}", 'c.CourseDirectory.course_id = ""']
     text = "\n".join(["c = get_config()", *lines, ""])
+    (out / "source").mkdir(exist_ok=True)
     write_atomically(out / "nbgrader_config.py", lambda file: file.write(text.encode()))
     for name, exercise in known.items():
-        (out / "source" / name).mkdir(parents=True, exist_ok=True)
-        nbformat.write(exercise.student, out / "source" / name / f"{name}.ipynb")
         with Gradebook(database(out)) as book:
             book.update_or_create_assignment(name)
         try:
@@ -193,8 +192,9 @@ def distribution(rows: Sequence[Row], known: Mapping[str, GradedExercise]) -> Fi
     """How many submissions have how many points, a panel an exercise; what waits for a person counts as 0."""
     named = {name: [r for r in rows if r["exercise"] == name and r["graded"] == "yes"] for name in known}
     shown = {name: mine for name, mine in named.items() if mine}
-    size = (6, 2.2 * max(1, len(shown)) + 0.4)
-    figure, axes = plt.subplots(max(1, len(shown)), figsize=size, squeeze=False, layout="constrained")
+    rows_of_panels = max(1, len(shown))
+    size = (6, 2.2 * rows_of_panels + 0.4)
+    figure, axes = plt.subplots(rows_of_panels, figsize=size, squeeze=False, layout="constrained")
     for ax, (name, mine) in zip(axes[:, 0], shown.items(), strict=False):
         top = int(mine[0]["max"])
         bins = [k - 0.5 for k in range(top + 2)]
@@ -204,7 +204,7 @@ def distribution(rows: Sequence[Row], known: Mapping[str, GradedExercise]) -> Fi
         waiting = sum(bool(r["to grade"]) for r in mine)
         ax.set(xlabel=f"points of {top}", ylabel="submissions", title=f"{name}, {waiting} of {len(mine)} not complete")
         ax.yaxis.get_major_locator().set_params(integer=True)
-    axes[0, 0].legend(frameon=False)
+        ax.legend(frameon=False)
     return figure
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
@@ -45,7 +46,7 @@ def values(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in [] if folder.is_symlink() else sorted(folder.glob("*.safetensors")):
         about = path.lstat()
         if stat.S_ISREG(about.st_mode) and about.st_size <= LARGEST:
             try:
@@ -95,9 +96,6 @@ def grade_one(
         result.flags.append(f"mentions {', '.join(words)}: read it")
     with tempfile.TemporaryDirectory(prefix="cmlib-", ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()
-        given = folder / "handed"
-        given.mkdir()
-        given.chmod(0o777)
         bare = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.source) for c in notebook.cells if "outputs" in c])
         nbformat.write(bare, folder / "notebook.ipynb")
         limits = sandbox.Limits()
@@ -105,10 +103,10 @@ def grade_one(
             [sys.executable, "-m", "cmlib.runner", limits.told()],
             folder,
             limits,
-            hidden=[sandbox.ROOT / "notebooks", out.resolve()],
-            extra={SEED: str(seed), FOLDER: str(given)},
+            hidden=[sandbox.ROOT / "notebooks", exercise.folder.resolve(), out.resolve()],
+            extra={SEED: str(seed), FOLDER: f"{folder}/handed"},
         )
-        handed = values(given)
+        handed = values(folder / "handed")
         ran = _executed(folder / "executed.ipynb")
     if why:
         why = "a cell ended the kernel; those after it did not run" if why.endswith(f"status {KILLED}") else why
@@ -116,8 +114,10 @@ def grade_one(
     for cell, again in zip([c for c in notebook.cells if c.cell_type == "code"], ran, strict=False):
         if error := next((o for o in again.outputs if o.output_type == "error"), None):
             where = cell.metadata.get("nbgrader", {}).get("grade_id", "that you added")
-            told = " ".join(f"{error.ename}: {error.evalue}".split())[:200]
-            result.notes.append(f"run from top to bottom, cell {where} raised {told}")
+            told = "raised " + " ".join(f"{error.ename}: {error.evalue}".split())[:200]
+            late = f"ran longer than {limits.cell} s and was interrupted"
+            told = late if error.ename == "KeyboardInterrupt" else told
+            result.notes.append(f"run from top to bottom, cell {where} {told}")
         cell.outputs = cell.outputs or again.outputs  # what the learner saw, made with the learner's seed
     work = Work(seed, handed)
     for line, test in tests(exercise).items():
@@ -244,7 +244,7 @@ def _run(read: dict, known: dict[str, GradedExercise], out: Path, salt: str) -> 
         if old.key == key:
             results.append(old)
         else:
-            names = {typed(n): who for (who, what), (_, n) in read.items() if what == name}
+            names = {own: who for (who, what), (_, n) in read.items() if what == name and (own := typed(n))}
             todo.append((path, key, (submission, notebook, known[name], seed, out, names)))
     sandbox.STOP.clear()
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
@@ -278,13 +278,17 @@ def _compare(read: dict, known: dict[str, GradedExercise], results: list[Result]
     pairs = []
     for name, exercise in known.items():
         mine = {learner: notebook for (learner, what), (_, notebook) in read.items() if what == name}
+        alike: dict[tuple[str, str], list[str]] = defaultdict(list)
         for a, b, kind, share in similar(exercise, mine):
             if share >= 0.5:
                 entry = {"exercise": name, "learner_a": a, "learner_b": b, "kind": kind}
                 pairs.append({**entry, "share": round(share, 3), "flagged": share >= ALIKE})
             if share >= ALIKE:
-                for one, other in ((a, b), (b, a)):
-                    by[one, name].flags.append(f"{kind} {share:.0%} like {other}'s")
+                alike[a, kind].append(b)
+                alike[b, kind].append(a)
+        for (learner, kind), others in alike.items():
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            by[learner, name].flags.append(f"{kind} like {others[0]}'s{more}")
         seeds = {learner: seed_of(name, typed(notebook)) for learner, notebook in mine.items() if typed(notebook)}
         for learner, notebook in mine.items():
             shown = {int(s) for c in notebook.cells for s in re.findall(r"seed (\d+)", json.dumps(c.get("outputs", [])))}

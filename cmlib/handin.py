@@ -31,6 +31,11 @@ class Work(dict[str, Tensor]):
         super().__init__(values)
         self.seed = seed
 
+    def close(self, name: str, right: Tensor, tolerance: float = 1e-3) -> bool:
+        """Whether `name` was handed in with the shape of `right`, and differs by no more than `tolerance`."""
+        mine = self[name]
+        return mine.shape == right.shape and torch.allclose(mine.double(), right.double(), rtol=0, atol=tolerance)
+
     def __missing__(self, name: str) -> Tensor:
         raise AssertionError(f"nothing was handed in as {name!r}")
 

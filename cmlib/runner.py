@@ -41,8 +41,8 @@ class Client(NotebookClient):
 
 def main() -> None:
     limits = json.loads(sys.argv[1])
-    for name in ("CPU", "DATA", "FSIZE", "NPROC", "CORE"):
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limits[name],) * 2)
+    for name, most in limits["rlimits"].items():
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
     notebook = nbformat.read("notebook.ipynb", 4)
     manager = AsyncKernelManager(kernel_name="python3", transport="ipc")  # no network in here
     client = Client(

@@ -38,29 +38,28 @@ PROMISES = {
 class Limits:
     """Of one submission: seconds, bytes, processes. `cell` is one cell's seconds, after which the next one has its turn."""
 
-    wall: float = 180
-    cell: int = 60
+    wall: float = 300
+    cpu: float = 180
+    cell: int = 90
     memory: int = 4 * 2**30
     disk: int = 2**28
     processes: int = 50
 
     def told(self) -> str:
         """As JSON for `cmlib.runner`, which sets what the kernel of the system can hold."""
-        mine = sum(p.num_threads() for p in psutil.process_iter(["uids"]) if p.info["uids"].real == os.getuid())
-        room = 200 if os.getuid() == 0 else mine + 200  # threads; counted over all processes of one user
-        cpu = int(2 * self.wall)
-        return json.dumps(
-            {"cell": self.cell, "CPU": cpu, "DATA": self.memory, "FSIZE": self.disk // 4, "NPROC": room, "CORE": 0}
-        )
+        threads = 200  # more than of all processes of a user who has others
+        if os.getuid() != 0:
+            mine = (p.info for p in psutil.process_iter(["uids", "num_threads"]))
+            threads += sum(p["num_threads"] or 0 for p in mine if p["uids"] and p["uids"].real == os.getuid())
+        rlimits = {"CPU": int(self.cpu), "DATA": self.memory, "FSIZE": self.disk // 4, "NPROC": threads, "CORE": 0}
+        return json.dumps({"cell": self.cell, "rlimits": rlimits})
 
 
-def _dropped() -> list[str]:
-    """A prefix that gives up every privilege; root becomes a user that owns nothing."""
-    prefix = ["setpriv", "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all"]
-    if os.getuid() == 0:
-        user = 61_000 + next(USERS) % 4_000  # one each, since the kernel counts processes by user
-        prefix = [prefix[0], f"--reuid={user}", f"--regid={user}", "--clear-groups", *prefix[1:]]
-    return prefix
+def _dropped(folder: Path) -> list[str]:
+    """A prefix that gives up every privilege; root becomes the owner of `folder`, who owns nothing else."""
+    user = folder.stat().st_uid
+    other = ["--clear-groups", f"--reuid={user}", f"--regid={user}"] if os.getuid() == 0 else []
+    return ["setpriv", *other, "--no-new-privs", "--inh-caps=-all", "--bounding-set=-all", "--"]
 
 
 def _bubblewrap(folder: Path, hidden: Sequence[Path]) -> list[str]:
@@ -78,8 +77,7 @@ def _bubblewrap(folder: Path, hidden: Sequence[Path]) -> list[str]:
         *(word for p in places for word in ("--ro-bind-try", p, p)),
         *["--bind", str(folder), str(folder), "--bind", f"{folder}/tmp", "/dev/shm"],
         *["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", str(folder), "--"],
-        *_dropped(),
-        "--",
+        *_dropped(folder),
     ]
 
 
@@ -88,7 +86,7 @@ def _unshare(folder: Path, hidden: Sequence[Path]) -> list[str]:
     user = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
     spaces = ["--net", "--pid", "--mount", "--ipc", "--fork", "--kill-child", "--mount-proc"]
     covered = "IFS=:; COVER='" + ":".join(str(p) for p in hidden if p.is_dir()) + "'; "
-    return ["unshare", *user, *spaces, "sh", "-c", covered + cover, "sh", *_dropped(), "--"]
+    return ["unshare", *user, *spaces, "sh", "-c", covered + cover, "sh", *_dropped(folder)]
 
 
 def _bare(folder: Path, hidden: Sequence[Path]) -> list[str]:
@@ -123,14 +121,16 @@ def run(
     extra: dict[str, str] | None = None,
     name: str | None = None,
 ) -> str:
-    """Run `command` in `folder`, the only place that it may write to; an empty string, or why it did not end well.
+    """Run `command` in `folder`, its own and the only place that it may write to; empty, or why it did not end well.
 
     `hidden` are folders that it must not see, `extra` is added to an environment of its own. What it prints is lost.
     """
     folder = folder.resolve()
-    for path in (folder, folder / "tmp", folder / "home"):
+    user = 61_000 + next(USERS) % 4_000  # one each, since the kernel counts processes by user
+    for path in (folder, folder / "tmp", folder / "home", folder / "handed"):
         path.mkdir(exist_ok=True)
-        path.chmod(0o777)
+        if os.getuid() == 0:
+            os.chown(path, user, user)
     environment = {
         **{k: os.environ[k] for k in ("LANG", "CMLIB_DATASETS", "LD_LIBRARY_PATH") if k in os.environ},
         **{"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
@@ -176,17 +176,22 @@ def _watch(process: subprocess.Popen, folder: Path, limits: Limits, family: list
             return f"it ran longer than {limits.wall:g} s"
         if len(family) > limits.processes:
             return f"it started more than {limits.processes} processes"
-        if sum(map(_memory, family)) > limits.memory:
+        used = [_used(child) for child in family]
+        if sum(seconds for seconds, _ in used) > limits.cpu:
+            return f"it used more than {limits.cpu:g} s of processor time"
+        if sum(size for _, size in used) > limits.memory:
             return f"it used more than {limits.memory / 2**30:g} GiB of memory"
         if _size(folder, limits.disk) > limits.disk:
             return f"it wrote more than {limits.disk // 2**20} MiB"
 
 
-def _memory(process: psutil.Process) -> int:
+def _used(process: psutil.Process) -> tuple[float, int]:
+    """Seconds of processor time and bytes of memory, pages that it shares with others included."""
     try:
-        return process.memory_info().rss
-    except psutil.NoSuchProcess:
-        return 0
+        times = process.cpu_times()
+        return times.user + times.system, process.memory_info().rss
+    except psutil.Error:
+        return 0.0, 0
 
 
 def _size(folder: Path, enough: int) -> int:

@@ -34,9 +34,10 @@ class Line:
 
 @dataclass(frozen=True)
 class GradedExercise:
-    """The solved notebook with its hidden tests, what learners get, and the rubric."""
+    """The solved notebook with its hidden tests, the folder it is in, what learners get, and the rubric."""
 
     name: str
+    folder: Path
     solved: NotebookNode
     student: NotebookNode
     lines: list[Line]
@@ -75,7 +76,7 @@ def exercises(folder: Path) -> dict[str, GradedExercise]:
             for cell in solved.cells
             if (info := cell.metadata.get("nbgrader", {})).get("grade")
         ]
-        found[path.stem] = GradedExercise(path.stem, solved, student_version(solved), lines)
+        found[path.stem] = GradedExercise(path.stem, folder, solved, student_version(solved), lines)
     if not found:
         raise ValueError(f"no solved exercises in {folder}; give their folder with --exercises")
     return found
@@ -149,10 +150,8 @@ def recognise(submission: Submission, notebook: NotebookNode | None, known: dict
 
 def _identity(cell: NotebookNode) -> str:
     """A cell's grade id, by nbgrader's metadata, or where that was stripped by the mark in its text."""
-    info = cell.metadata.get("nbgrader")
-    name = info.get("grade_id") if isinstance(info, dict) else None
     mark = MARK.search(cell.source)
-    return str(name or (mark[2] if mark else ""))
+    return str(cell.metadata.get("nbgrader", {}).get("grade_id") or (mark[2] if mark else ""))
 
 
 def parse(data: bytes) -> NotebookNode:
@@ -162,7 +161,9 @@ def parse(data: bytes) -> NotebookNode:
         cells = []
         for cell in raw.cells:
             make = nbformat.v4.new_markdown_cell if cell.cell_type == "markdown" else nbformat.v4.new_code_cell
-            new = make(str(cell.source), metadata={"nbgrader": cell.metadata.get("nbgrader")})
+            new = make(str(cell.source))
+            if isinstance(info := cell.metadata.get("nbgrader"), dict):
+                new.metadata.nbgrader = {"grade_id": info.get("grade_id")}
             if cell.cell_type == "code":
                 outputs = [o for o in cell.outputs if o.output_type in ("stream", "display_data", "execute_result", "error")]
                 new.outputs = nbformat.from_dict(outputs)
@@ -188,11 +189,14 @@ def merge(theirs: NotebookNode, exercise: GradedExercise) -> tuple[NotebookNode,
             place = max(place, k)
         elif cell.source.strip():
             added[place].append(cell)
-    notes, cells = [], list(added[-1])
+    notes, cells, waiting = [], [], added[-1]
     for k, original in enumerate(exercise.student.cells):
         mine, info = given[k], original.metadata.get("nbgrader", {})
         cell = copy.deepcopy(original)
         name, answer = info.get("grade_id"), info.get("solution", False)
+        if name or mine:  # else an edited version of this cell is among those that wait, and must come after it
+            cells += waiting
+            waiting = []
         written = [c for c in mine if c.source.strip() != original.source.strip()]
         if mine and cell.cell_type == "code" == mine[0].cell_type:
             cell.outputs = mine[0].outputs
@@ -204,10 +208,11 @@ def merge(theirs: NotebookNode, exercise: GradedExercise) -> tuple[NotebookNode,
             cell.source = "\n\n".join(c.source for c in written) or original.source
         elif name and written:
             notes.append(f"cell {name} was edited, and is put back")
-        cells += [cell, *added[k]]
+        cells.append(cell)
+        waiting += added[k]
     if names and not any(c.metadata.get("nbgrader") for c in theirs.cells):
         notes.append("the grading metadata was stripped; cells were found by their text")
-    return nbformat.v4.new_notebook(cells=cells, metadata=exercise.student.metadata), notes
+    return nbformat.v4.new_notebook(cells=[*cells, *waiting], metadata=exercise.student.metadata), notes
 
 
 # ---- who wrote with whom

@@ -58,8 +58,7 @@ work.hand_in("noisy_pictures", lambda: torch.cat([noisy(x0, e[None], s) for e, s
 ### BEGIN HIDDEN TESTS
 x0, noise, _, sigmas = persona1.start(work.seed)
 right = x0 + torch.tensor(sigmas).reshape(5, 1, 1, 1) * noise[0]
-assert work["noisy_pictures"].shape == right.shape, f"expected five pictures {list(right.shape)}"
-assert torch.allclose(work["noisy_pictures"], right, atol=1e-3), "these are not x0 + σ·ε at the five noise levels"
+assert work.close("noisy_pictures", right), "these are not x0 + σ·ε at the five noise levels"
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -90,10 +89,7 @@ f, (x0, noise, _, sigmas) = persona1.student(), persona1.start(work.seed)
 t = torch.tensor(sigmas)
 with torch.no_grad():
     right = f(x0 + t.reshape(5, 1, 1, 1) * noise[0], t)
-mine = work["reconstructions"]
-assert mine.shape == right.shape, f"expected five pictures {list(right.shape)}"
-near = [torch.allclose(a, b, atol=1e-3) for a, b in zip(mine, right, strict=True)]
-assert all(near), f"{near.count(False)} of five are not what one evaluation of f returns there"
+assert work.close("reconstructions", right), "these are not what one evaluation of f returns at the five noise levels"
 ### END HIDDEN TESTS
 
 # %% locked="picture"
@@ -135,8 +131,7 @@ f, (x0, noise, _, sigmas) = persona1.student(), persona1.start(work.seed)
 t = torch.tensor(sigmas)
 with torch.no_grad():
     right = (f(x0 + t.reshape(5, 1, 1, 1) * noise[0], t) - x0).pow(2).mean((1, 2, 3)).sqrt()
-assert work["errors"].shape == right.shape, "expected five numbers"
-assert torch.allclose(work["errors"].float(), right, atol=1e-3), "these are not the distances of the five reconstructions"
+assert work.close("errors", right), "these are not the distances of the five reconstructions"
 ### END HIDDEN TESTS
 
 # %% [markdown]
@@ -168,8 +163,7 @@ t = torch.tensor(sigmas)
 with torch.no_grad():
     a, b = (f(x0 + t.reshape(5, 1, 1, 1) * e, t) for e in noise)
 right = (a - b).pow(2).mean((1, 2, 3)).sqrt()
-assert work["spreads"].shape == right.shape, "expected five numbers"
-assert torch.allclose(work["spreads"].float(), right, atol=1e-3), "these are not the distances between the pairs"
+assert work.close("spreads", right), "these are not the distances between the pairs"
 ### END HIDDEN TESTS
 
 # %% [markdown]

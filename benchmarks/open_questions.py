@@ -107,7 +107,7 @@ def spacing_figure(runs: list[dict[str, list[float]]]) -> Figure:
 
 # ---- four additions to SCT on digits from random weights: "what prevents drift in CT-only learners?", and a GAN's critic
 
-UPDATES, BATCH, POINTS = 1000, 64, 4
+UPDATES, BATCH, POINTS = 600, 64, 4
 
 
 class Extra(SCT):

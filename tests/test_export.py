@@ -232,17 +232,7 @@ def test_report_tells_what_was_done_to_f(student, monkeypatch):
 
 def test_command_writes_model_metadata_and_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(parity, "SECONDS", 0.0)
-    arguments = [
-        "export",
-        "--format",
-        "torchscript",
-        "--precision",
-        "fp16",
-        "--checkpoint",
-        str(DIGITS),
-        "--out",
-        str(tmp_path),
-    ]
+    arguments = ["export", "--format", "torchscript", "--checkpoint", str(DIGITS), "--out", str(tmp_path)]
     assert main([*arguments, "--profile", "ci"]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"model.torchscript", "metadata.json", "parity.json", "metrics.json"}
     found = json.loads((tmp_path / "parity.json").read_text())

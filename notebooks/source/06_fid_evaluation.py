@@ -760,5 +760,5 @@ except ValueError as error:
 # | self-consistency | Song et al. 2023 (2303.01469), sec. 3 | `evaluate.self_consistency_gap` |
 # | FID of the course's models | | `cmlib evaluate --fid`, `pipeline.Features` |
 #
-# **Next**: this is the last lesson. Compare the objectives of lesson 5 under one budget with `cmlib compare`, or go back to
-# `01_forward_process.ipynb` and find out how much shorter it has become.
+# **Next**: this is the last lesson. `07_failure_clinic.ipynb` shows what breaks a consistency model, and where to look first. Compare the objectives of lesson 5
+# under one budget with `cmlib compare`, or go back to `01_forward_process.ipynb` and find out how much shorter it has become.

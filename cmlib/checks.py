@@ -50,9 +50,12 @@ class Exercise:
             if self._same(results, [wrong(*copy.deepcopy(case)) for case in self.cases]):
                 return diagnosis
         problems = zip(self.cases, results, expected, strict=True)
-        return next(
-            f"{what}, with {self._told(case)}" for case, mine, right in problems if (what := self._mismatch(mine, right))
-        )
+        case, right, what = next((c, b, why) for c, a, b in problems if (why := self._mismatch(a, b)))
+        if self._mismatch(fn(*copy.deepcopy(case)), right) != what:
+            return (
+                "two calls with the same input give two answers; nothing random is wanted here, nor anything kept between calls"
+            )
+        return f"{what}, with {self._told(case)}"
 
     def _same(self, mine: Sequence[Any], right: Sequence[Any]) -> bool:
         return not any(self._mismatch(a, b) for a, b in zip(mine, right, strict=True))
@@ -62,7 +65,8 @@ class Exercise:
         if isinstance(right, tuple):
             if not isinstance(mine, tuple | list) or len(mine) != len(right):
                 return f"it returned {_kind(mine)}, expected {len(right)} values"
-            return next((why for a, b in zip(mine, right, strict=True) if (why := self._mismatch(a, b))), "")
+            found = (self._mismatch(a, b) for a, b in zip(mine, right, strict=True))
+            return next((f"value {k} of {len(right)}: {why}" for k, why in enumerate(found, 1) if why), "")
         if not isinstance(right, Tensor | float | int):
             return "" if mine == right else f"it returned {mine!r}, expected {right!r}"
         try:
@@ -77,10 +81,10 @@ class Exercise:
             return f"it returned {a.dtype}, expected {b.dtype}"
         if not bool(a.isfinite().all()) and bool(b.isfinite().all()):
             return "it returned NaN or infinity"
-        if torch.allclose(a.double(), b.double(), rtol=self.tolerance, atol=self.tolerance):
+        if torch.allclose(a.double(), b.double(), rtol=self.tolerance, atol=self.tolerance, equal_nan=True):
             return ""
         worst = (a.double() - b.double()).abs().flatten().argmax()
-        return f"it returned {a.flatten()[worst]:.4g} where {b.flatten()[worst]:.4g} is right"
+        return f"it returned {a.flatten()[worst]:.6g} where {b.flatten()[worst]:.6g} is right"
 
     def _told(self, case: tuple) -> str:
         names = list(inspect.signature(self.reference).parameters)
@@ -88,7 +92,9 @@ class Exercise:
 
 
 def _kind(value: Any) -> str:
-    """A value in a few words: a number itself, a tensor's shape."""
+    """A value in a few words: a number or a tuple itself, a tensor's shape."""
     if isinstance(value, Tensor):
         return f"{value.item():.4g}" if value.ndim == 0 else f"a tensor {list(value.shape)}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_kind, value))})"
     return repr(value) if isinstance(value, int | float | str) or value is None else type(value).__name__

@@ -98,6 +98,9 @@ EXERCISES = {
             ),
             "the factor is half of d(σ²)/dσ = 2σ; you wrote σ² for σ": lambda x, score, sigma: -(sigma**2) * score,
             "the factor σ is missing; the score alone has the units of 1/x": lambda x, score, sigma: -score,
+            "(x − D)/σ has the denoised D in it, not the score; you put the score in its place": (
+                lambda x, score, sigma: (x - score) / sigma
+            ),
         },
     ),
 }

@@ -64,6 +64,15 @@ EXERCISES: dict[str, Exercise] = {
                     c_in(t, sigma_data),
                 )
             ),
+            "c_in must give the network unit variance, and x has t² + σ_d² whatever the boundary; don't shift t there": (
+                lambda t, sigma_min, sigma_data: (
+                    *_boundary(t, sigma_min, sigma_data)[:2],
+                    c_in(t - sigma_min, sigma_data),
+                )
+            ),
+            "only c_skip and the numerator of c_out decide about the boundary; you shifted t wherever it stands": (
+                lambda t, sigma_min, sigma_data: _boundary(t - sigma_min, 0.0, sigma_data)
+            ),
             "f(x, σ_min) is not x but the network's output; you exchanged c_skip and c_out": (
                 lambda t, sigma_min, sigma_data: (
                     c_out(t, sigma_min, sigma_data),
@@ -132,6 +141,18 @@ EXERCISES: dict[str, Exercise] = {
             ),
             "the slope dx/dt is (x − D)/t; you forgot to divide by t": (
                 lambda f_ema, denoise, x_t, t, r: f_ema(x_t + expand_like(r - t, x_t) * (x_t - denoise(x_t, t)), r)
+            ),
+            "every image has its own levels; yours are spread along the pixels of a row: use expand_like": (
+                lambda f_ema, denoise, x_t, t, r: f_ema(x_t + (r - t) * (x_t - denoise(x_t, t)) / t, r)
+            ),
+            "x̂_r is a point of the path at r; you gave f the denoised image instead, the average of all ends": (
+                lambda f_ema, denoise, x_t, t, r: f_ema(denoise(x_t, t), r)
+            ),
+            "the step is the teacher's; you took its slope from the student's own answer instead of D": (
+                lambda f_ema, denoise, x_t, t, r: f_ema(_step(x_t, t, r, f_ema(x_t, t)), r)
+            ),
+            "the target is the student's answer at x̂_r; you took the teacher's denoised image there": (
+                lambda f_ema, denoise, x_t, t, r: denoise(_step(x_t, t, r, denoise(x_t, t)), r)
             ),
         },
     ),

@@ -54,6 +54,14 @@ EXERCISES = {
             "the exponent needs the distance squared; you took the distance itself": (
                 lambda x_t, references, t: (-_away(x_t, references).sqrt() / (2 * t**2)).softmax(1) @ references
             ),
+            "it is NaN at small t, where all the exponentials round to 0: 0/0; softmax takes off the largest exponent first": (
+                lambda x_t, references, t: (
+                    (w := (-_away(x_t, references) / (2 * t**2)).exp()) / w.sum(1, keepdim=True) @ references
+                )
+            ),
+            "the weights of one x_t must sum to 1; you left their sum out": (
+                lambda x_t, references, t: (-_away(x_t, references) / (2 * t**2)).exp() @ references
+            ),
             "at small t the answer must be the nearest reference; you weighted all of them alike": (
                 lambda x_t, references, t: references.mean(0).expand_as(x_t)
             ),
@@ -74,6 +82,9 @@ EXERCISES = {
             ),
             "at large t the relative gap must be q^−(stage+1), not 0; the 1 beside 8·sigmoid is missing": (
                 lambda t, stage, q: (t * (1 - q ** -(stage + 1) * 8 * torch.sigmoid(-t))).clamp(min=0)
+            ),
+            "the gap is relative, a share of t; you took it off t as it is: r = t·(1 − gap)": (
+                lambda t, stage, q: (t - q ** -(stage + 1) * (1 + 8 * torch.sigmoid(-t))).clamp(min=0)
             ),
             "r is a noise level; you returned the ratio r/t": (
                 lambda t, stage, q: (1 - q ** -(stage + 1) * (1 + 8 * torch.sigmoid(-t))).clamp(min=0)

@@ -37,8 +37,9 @@ def _frechet(
     times: float = 2,
     power: float = 2,
     correction: int = 1,
+    rows: bool = False,
 ) -> Tensor:
-    a, b = (torch.cov(x.T, correction=correction) for x in (real, fake))
+    a, b = (torch.cov(x if rows else x.T, correction=correction) for x in (real, fake))
     return (real.mean(0) - fake.mean(0)).norm() ** power + a.trace() + b.trace() - times * cross(a, b)
 
 
@@ -54,7 +55,7 @@ _OUTSIDE = torch.tensor([-1.02, -0.41, 0.9961, 1.01]).reshape(1, 1, 2, 2)
 EXERCISES: dict[str, Exercise] = {
     "frechet": Exercise(
         _frechet,
-        [(_REAL, _FAKE), (_FAKE[:6], _REAL), (_REAL, _REAL + 2.0)],
+        [(_REAL[:9], _FAKE), (_FAKE[:6], _REAL[:6]), (_REAL, _REAL + 2.0)],  # equally many: covariances of rows multiply, too
         {
             "two equal sets must be at distance 0; the root is the matrix's, and you took it of each entry": (
                 lambda real, fake: _frechet(real, fake, lambda a, b: (a @ b).clamp(min=0).sqrt().trace())
@@ -74,7 +75,13 @@ EXERCISES: dict[str, Exercise] = {
             "a product of roots is not the root of the product where the matrices don't commute": (
                 lambda real, fake: _frechet(real, fake, lambda a, b: (_root(a) @ _root(b)).trace())
             ),
-            "the distance is already squared: squared pixels have squared units; you took its root": (
+            "two equal sets must be at distance 0; the trace of the root sums the *roots* of the eigenvalues": (
+                lambda real, fake: _frechet(real, fake, lambda a, b: (a @ b).trace())
+            ),
+            "a covariance is of the features, [d,d]; torch.cov takes a feature a row, and yours got an image a row: x.T": (
+                lambda real, fake: _frechet(real, fake, rows=True)
+            ),
+            "the distance is already squared, a squared length in the features; you took its root": (
                 lambda real, fake: _frechet(real, fake).clamp(min=0).sqrt()
             ),
         },

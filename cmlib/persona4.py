@@ -71,7 +71,7 @@ def _sigma(n: Tensor) -> Tensor:
     return (n + 1) / 8
 
 
-def _earlier(x0: Tensor, eps: Tensor, n: Tensor, sigma: Levels, back: int = 2, end: int = -1) -> tuple[Tensor, ...]:
+def _earlier(x0: Tensor, eps: Tensor, n: Tensor, sigma: Levels, *, back: int = 2, end: int = -1) -> tuple[Tensor, ...]:
     t, r = sigma(n), sigma((n - back).clamp(min=end))
     return x0 + expand_like(t, x0) * eps, t, x0 + expand_like(r, x0) * eps, r
 

@@ -38,6 +38,7 @@ def tiny(tmp_path):
 
 def played(notebook, monkeypatch, tmp_path):
     """The values that a notebook's cells hand in, run here as the sandbox would."""
+    monkeypatch.setenv("CMLIB_PROFILE", "ci")
     monkeypatch.setenv(SEED, "123456")
     monkeypatch.setenv(FOLDER, str(tmp_path))
     space = {}

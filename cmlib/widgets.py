@@ -138,7 +138,7 @@ def jump_explorer(student: Any | None, teacher: Teacher, images: Tensor) -> Expl
         jump = jumps(x, torch.full((1,), sigma, device=clean.device))
         walk = teacher.walk(x, sigma, steps)
         shown = x / (1 + sigma**2) ** 0.5
-        panels = {"clean": clean, "noisy": shown, f"{name}: 1 jump": jump, f"teacher: {steps} steps": walk}
+        panels = {"clean": clean, f"noisy, σ = {sigma:.3g}": shown, f"{name}: 1 jump": jump, f"teacher: {steps} steps": walk}
         text = (
             f"σ = {sigma:.3g}. RMS distance to the clean image: {name} {_rmse(jump, clean):.3f} with 1 evaluation, "
             f"teacher {_rmse(walk, clean):.3f} with {steps}; between the two {_rmse(jump, walk):.3f}."
@@ -280,16 +280,19 @@ def fid_explorer(n: Sequence[int], distances: Mapping[str, np.ndarray], name: st
     for (label, values), colour, style in zip(distances.items(), plots.COLOURS, ["-", "--", "-.", ":"], strict=False):
         ax.fill_between(n, values.min(0), values.max(0), color=colour, alpha=0.2, lw=0)
         ax.plot(n, values.mean(0), style, color=colour, label=label)
-    marker = ax.axvline(n[-1], color="black", lw=1)
-    ax.set(xlabel="number of images N", ylabel=name, xscale="log", title=f"{name}: the same images, counted differently")
+    marker = ax.axvline(n[-1], ymax=0.6, color="black", lw=1)
+    ax.set(xlabel="number of images N", ylabel=name, xscale="log")
+    ax.set_title("The same images,\ncounted differently", fontsize=9)  # two lines, as `draw` writes them
     ax.set_xticks(n, [str(v) for v in n])
     ax.minorticks_off()
-    ax.legend(frameon=False)
-    picture = _animate(canvas, [marker])
+    ax.legend(frameon=False, fontsize=8, loc="upper right")
+    picture = _animate(canvas, [marker, ax.title])
 
     def draw(at: int) -> tuple[bytes, str]:
         marker.set_xdata([n[at], n[at]])
         told = [f"{label} {v[:, at].mean():.3g} ± {np.ptp(v[:, at]) / 2:.2g}" for label, v in distances.items()]
+        half = (len(told) + 1) // 2
+        ax.set_title(f"N = {n[at]}: {'; '.join(told[:half])};\n{'; '.join(told[half:])}", fontsize=9)
         worse = [f"{label} {v[:, at].mean() - v[:, -1].mean():+.3g}" for label, v in distances.items()]
         return picture(), f"N = {n[at]}: {', '.join(told)}; against N = {n[-1]}: {', '.join(worse)}."
 

@@ -5,14 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cmlib import lesson1, lesson2, lesson3, lesson4, lesson5, lesson6, lesson7, persona1
+from cmlib import (
+    lesson1,
+    lesson2,
+    lesson3,
+    lesson4,
+    lesson5,
+    lesson6,
+    lesson7,
+    persona1,
+    persona2,
+    persona3,
+    persona4,
+    persona5,
+    persona6,
+)
 from cmlib.checks import NOT_DONE, Exercise
 
 EXERCISES: dict[str, Exercise] = {
     f"{number:02d}.{name}": exercise
     for number, lesson in enumerate((lesson1, lesson2, lesson3, lesson4, lesson5, lesson6, lesson7), 1)
     for name, exercise in lesson.EXERCISES.items()
-} | {f"p1.{name}": exercise for name, exercise in persona1.EXERCISES.items()}
+} | {
+    f"p{number}.{name}": exercise
+    for number, persona in {1: persona1, 2: persona2, 3: persona3, 4: persona4, 5: persona5, 6: persona6}.items()
+    for name, exercise in persona.EXERCISES.items()
+}
 
 
 def check(name: str, fn: Callable[..., Any]) -> bool:

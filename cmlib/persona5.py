@@ -33,7 +33,7 @@ def gaussian(seed: int, n: int = 64) -> tuple[Gaussian, Tensor, Tensor, float]:
     return data, data.sample(n, generator) + t[:, None] * torch.randn(n, 3, generator=generator), t, std
 
 
-def rollouts(teacher: Teacher, seed: int, n: int = 200, steps: int = 20) -> dict[str, Tensor]:
+def rollouts(teacher: Teacher, seed: int, n: int = 100, steps: int = 20) -> dict[str, Tensor]:
     """The pairs of n DDIM rollouts [steps·n,…], which is what a rollout cache holds."""
     path = teacher.sample(indexed_normal(seed, range(n), teacher.image_shape), steps, "ddim", path=True)
     levels = teacher.process.sigma(torch.tensor([*teacher.process.grid(steps).flip(0).tolist(), -1]))

@@ -174,7 +174,7 @@ def _write_graded(notebook: NotebookNode, result: Result, exercise: GradedExerci
 def grade(source: Path, folder: Path, out: Path) -> dict[str, Any]:
     """Grade every submission in `source` against the solved exercises in `folder`; a second run goes on, and merges points
     that a person gave meanwhile. Writes grades.csv, manual.csv, feedback/, similarity.csv, summary.html; returns metrics."""
-    known = exercises(folder)
+    known, isolation = exercises(folder), sandbox.level()
     begin = time.monotonic()
     (out / "state").mkdir(parents=True, exist_ok=True)
     gradebook.begin(out, known)
@@ -191,7 +191,7 @@ def grade(source: Path, folder: Path, out: Path) -> dict[str, Any]:
         if result.graded:
             gradebook.feedback(out, result)
     graded = [r for r in results if r.graded]
-    promise = f"{sandbox.level()}: {sandbox.PROMISES[sandbox.level()]}"
+    promise = f"{isolation}: {sandbox.PROMISES[isolation]}"
     lead = (
         f"{len(results)} submissions, {len(graded)} graded, {fresh[1]} of them in this run, {merged} rows of manual.csv taken"
         f" over, {sum(bool(r['to grade']) for r in rows)} wait for a person. Isolation: {promise}."

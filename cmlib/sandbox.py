@@ -24,7 +24,7 @@ SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternative
 STOP = threading.Event()  # set: whatever runs here is killed
 USERS = itertools.count()
 PROBE = """import os, pathlib, subprocess, sys, cmlib.runner
-files = pathlib.Path(cmlib.__file__).parents[1].rglob("data/**/*")
+files = (pathlib.Path(cmlib.__file__).parents[1] / "data").rglob("*")
 seen = all(os.access(f, os.R_OK) for f in files)
 sys.exit(not seen or subprocess.call([sys.executable, "-c", "import ipykernel, torch"]))"""
 PROMISES = {
@@ -106,7 +106,7 @@ def level() -> str:
     for name in LEVELS:
         with tempfile.TemporaryDirectory(prefix="cmlib-") as folder:
             try:
-                if not run([sys.executable, "-c", PROBE], Path(folder), Limits(wall=60), name=name):
+                if not run([sys.executable, "-c", PROBE], Path(folder), Limits(), name=name):
                     return name
             except FileNotFoundError:
                 continue
@@ -129,6 +129,7 @@ def run(
     user = 61_000 + next(USERS) % 4_000  # one each, since the kernel counts processes by user
     for path in (folder, folder / "tmp", folder / "home", folder / "handed"):
         path.mkdir(exist_ok=True)
+        path.chmod(0o711)  # bubblewrap goes there with root's name, but without its powers
         if os.getuid() == 0:
             os.chown(path, user, user)
     environment = {

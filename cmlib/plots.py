@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from torch import Tensor
 
 from cmlib.files import write_atomically
@@ -187,7 +188,12 @@ def bars(values: Mapping[str, float], xlabel: str, title: str) -> Figure:
 def small_multiples(
     curves: Mapping[str, Sequence[tuple[Tensor, Tensor]]], level: float, level_name: str, xlabel: str, ylabel: str, title: str
 ) -> Figure:
-    """A panel a name, its curves (one a seed) in colour over everyone's in grey, on log axes, and a dashed line at `level`."""
+    """A panel a name, its curves (one a seed) in colour over everyone's in grey, and a dashed line at `level`.
+
+    The y axis is logarithmic, and the x axis where it spans two decades or more.
+    """
+    over = np.concatenate([np.asarray(x) for lines in curves.values() for x, _ in lines])
+    wide = over.max() >= 100 * over.min() > 0
     columns = min(5, len(curves))
     height = -(-len(curves) // columns)
     size = (1.9 * columns + 0.8, 1.9 * height + 0.8)
@@ -200,7 +206,12 @@ def small_multiples(
         for x, y in mine:
             ax.plot(np.asarray(x), np.asarray(y), color=COLOURS[0], linewidth=1.5)
         ax.axhline(level, color=COLOURS[1], linestyle="--", linewidth=1)
-        ax.set(xscale="log", yscale="log")
+        if wide:
+            ax.set(xscale="log", yscale="log")
+        else:
+            ax.set(yscale="log", xlim=(0, None))
+            ax.xaxis.set_major_locator(MaxNLocator(3))
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.set_title(name, fontsize=10)
         ax.grid(alpha=0.3)
     axes[0, 0].annotate(

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+from cmlib import compare
 from cmlib.files import sha256
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +18,9 @@ def results(name):
 
 
 def test_readme_shows_the_committed_results():
-    assert demo_seeds.markdown(results("demo_seeds")) in (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert demo_seeds.markdown(results("demo_seeds")) in readme
+    assert compare.markdown(results("compare_digits")) in readme
 
 
 def test_benchmarks_page_shows_the_committed_results():

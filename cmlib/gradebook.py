@@ -233,6 +233,6 @@ def summary(out: Path, rows: Sequence[Row], known: Mapping[str, GradedExercise],
         body="".join(body),
         verdict=html.escape(f"Similar: {alike}." if alike else "No two submissions are conspicuously similar."),
         figures=FIGURE.format(alt="Histograms of points, an exercise a panel.", data=picture),
-        numbers="".join(line([r["learner"], r["exercise"], r["total"], r["max"], r["flags"]]) for r in rows),
+        numbers="".join(line([f"{r['learner']}: {r['flags']}", r["exercise"], r["total"], r["max"]]) for r in rows),
     )
     write_atomically(out / "summary.html", lambda file: file.write(page.encode()))

@@ -197,8 +197,8 @@ plots.tell(
 #
 # $$\mathrm dx = -\tfrac12\beta(t)\,x\,\mathrm dt + \sqrt{\beta(t)}\,\mathrm dW.$$
 #
-# In the coordinates of σ nothing shrinks, and it is simpler still: $\mathrm dx = \sqrt{2\sigma}\,\mathrm dW$, noise alone. Over a step
-# from σ to σ' it adds variance $\sigma'^2 - \sigma^2$.
+# In the coordinates of σ nothing shrinks, and it is simpler still. Take σ itself as the time: over a step from σ to σ' noise of variance
+# $\sigma'^2 - \sigma^2$ is added, and as $\mathrm d\sigma^2 = 2\sigma\,\mathrm d\sigma$, this is $\mathrm dx = \sqrt{2\sigma}\,\mathrm dW$, noise alone.
 #
 # To see what happens we need data whose distribution we know at *every* noise level. A Gaussian mixture is such data: adding noise to
 # $\mathcal N(\mu, s^2)$ gives $\mathcal N(\mu, s^2+\sigma^2)$. `GaussianMixture` is our **oracle**: nothing about it is learned.
@@ -286,10 +286,11 @@ assert abs(x0s[near].mean() - told) < 0.05
 # ## The probability-flow ODE
 #
 # The SDE moves each point at random. There is also a *deterministic* motion under which the whole cloud has the same density at every σ.
-# A density that spreads like heat, $\partial_\sigma p = \sigma\,\nabla^2 p = -\nabla\cdot\big(p \cdot (-\sigma\nabla\ln p)\big)$, is one
-# that flows with the velocity in brackets:
+# Three lines give it. $p_\sigma$ is the data's density blurred by $\mathcal N(0, \sigma^2)$, so it spreads like heat,
+# $\partial p/\partial(\sigma^2) = \tfrac12\nabla^2 p$, or $\partial_\sigma p = \sigma\,\nabla\cdot(\nabla p) = \nabla\cdot(p\;\sigma\nabla\ln p)$. Mass that moves with
+# a velocity v obeys $\partial_\sigma p = -\nabla\cdot(p\,v)$. Compare the two, and use Tweedie's formula for the last step:
 #
-# $$\frac{\mathrm dx}{\mathrm d\sigma} = -\sigma\,\nabla_x \ln p_\sigma(x) = \frac{x - D(x,\sigma)}{\sigma}.$$
+# $$\frac{\mathrm dx}{\mathrm d\sigma} = v = -\sigma\,\nabla_x \ln p_\sigma(x) = \frac{x - D(x,\sigma)}{\sigma}.$$
 #
 # This is the **probability-flow ODE**. Read it downwards: as σ falls, points move *along* the score, to the data.
 #
@@ -357,8 +358,9 @@ assert apart < 0.15, "the two clouds must agree"
 # A teacher computes f by walking. A consistency model is a network that has learned the answer. The oracle knows it exactly:
 
 # %%
-path = paths[::20, 1]  # one path at six noise levels, [6,1]
-ends = mixture.consistency(path, sigmas[::20])
+far = (paths[-1, :, 0] - 5).abs().argmin()  # a path that comes from about 5
+path, at = paths[19::20, far], sigmas[19::20]  # at six noise levels, [6,1]
+ends = mixture.consistency(path, at)
 for name, values in (("x goes", path), ("f(x, σ) is", ends)):
     told = ", ".join(f"{v:.2f}" for v in values[:, 0].flip(0).tolist())
     plots.tell(f"Down the path {name} {told}.")

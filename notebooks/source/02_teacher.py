@@ -8,7 +8,7 @@
 #
 # **You will be able to**
 # - say why a network that predicts noise knows the score and the average clean image;
-# - derive the loss L_DDPM, and write the whole training loop;
+# - say where the loss L_DDPM comes from, and write the whole training loop;
 # - read a training curve against its baselines, and tell when it has reached its plateau;
 # - say why a teacher needs many evaluations for one image, and what a single one gives.
 #
@@ -115,7 +115,8 @@ floor = torch.stack(floor)
 lines = {"the exact average noise": (sigmas, floor), "zero, the lazy answer": (sigmas, torch.ones(30))}
 plots.display(
     plots.curves(lines, "noise level σ", "mean squared error of ε", "Even the perfect answer has a loss"),
-    "The exact answer's error falls from nearly that of answering zero to nearly nothing.",
+    "The exact answer's error falls from about that of answering zero to nearly nothing,"
+    " with a bump where the three modes begin to overlap.",
 )
 assert floor[0] > 0.9 and floor[-1] < 0.01
 
@@ -125,7 +126,7 @@ assert floor[0] > 0.9 and floor[-1] < 0.01
 # <details><summary>Answer</summary>
 #
 # Little noise hides in the image: there the noise is hard to say, and no answer beats zero by much. Much noise *is* nearly all of $x$, so it is easy to
-# say. With the image it is the other way round, since the error of $D$ is σ times that of ε: $D - x_0 = -\sigma(\hat\varepsilon - \varepsilon)$. Asking for the
+# say. (In between it is no straight way: at the bump the three modes begin to overlap, and which one it was becomes a question, too.) With the image it is the other way round, since the error of $D$ is σ times that of ε: $D - x_0 = -\sigma(\hat\varepsilon - \varepsilon)$. Asking for the
 # noise at every level is therefore asking for the image with the weight $1/\sigma^2$: details count. And the thing asked for
 # has the same size at every level, which suits a network.
 #
@@ -136,8 +137,11 @@ assert floor[0] > 0.9 and floor[-1] < 0.01
 #
 # Ho et al. did not begin with the score, but with likelihood: each reverse step $p_\theta(x_{n-1}\mid x_n)$ should be close to $q(x_{n-1}\mid x_n, x_0)$, which
 # is known (lesson 3 derives it). Both are Gaussians of one variance $\varsigma_n^2$, and the KL divergence of such a pair
-# is the squared distance of the means over $2\varsigma_n^2$. Both means are the same function of $x_n$ and of a noise, the true one or the guess. So all
-# that remains is the error of the guess, times a weight:
+# is the squared distance of the means over $2\varsigma_n^2$. Both means are the same function of $x_n$ and of a noise, the true one or the guess,
+#
+# $$\mu = \frac{1}{\sqrt{\alpha_n}}\Big(x_n - \frac{\beta_n}{\sqrt{1-\bar\alpha_n}}\;\varepsilon\Big), \qquad \alpha_n = 1-\beta_n.$$
+#
+# So all that remains is the error of the guess, times a weight:
 #
 # $$\mathrm{KL} = \frac{\lVert\tilde\mu - \mu_\theta\rVert^2}{2\varsigma_n^2}
 #   = \frac{\beta_n^2}{2\varsigma_n^2\,\alpha_n(1-\bar\alpha_n)}\,\lVert\varepsilon - \varepsilon_\theta(x_n, n)\rVert^2.$$
@@ -279,8 +283,11 @@ assert of_eps[0] < 1 and of_eps[-1] < 0.001 and of_image[3] < levels[3] ** 2
 # %% [markdown]
 # ## Fine-tuning
 #
-# Suppose that we want the teacher on another schedule: the brief behind this course asks for a "cosine-linear" one. The network knows noise levels by
-# their index, and on the new chain an index means another noise level. So the error is high at first, and training should bring it down.
+# This course grew out of a **brief**, a recipe for a one-step student: fine-tune a DDPM teacher of CIFAR-10 on a "cosine-linear" schedule, cache
+# 200,000 of its pairs at δ = 1, one step apart (lesson 3), regress the student onto them in 5,000 updates of 64 to a mean squared error below 0.01
+# (lesson 4), and expect an FID within ±2 of the teacher's (lesson 6). The lessons follow it, and say where it goes wrong.
+#
+# So suppose that we want the teacher on that schedule. The network knows noise levels by their index, and on the new chain an index means another noise level. So the error is high at first, and training should bring it down.
 #
 # Before we train, a baseline that costs nothing: leave the network as it is, and *translate* each new index into the old one of the same σ.
 
@@ -378,6 +385,11 @@ plots.display(
     plots.bars(distances, f"{fd}, N = {count} (lower is better)", "The teacher's images by steps"),
     "With 50 steps the distance is near that of training images; with 1 step it is near noise's.",
 )
+others = []
+for seed in range(1, 6):
+    again = torch.randint(len(images), (count,), generator=torch.Generator().manual_seed(seed))
+    others.append(features.distance(images[again]))
+plots.tell(f"Five more draws of training images: from **{min(others):.1f}** to **{max(others):.1f}**.")
 order = [distances[name] for name in steps]
 assert order[0] < order[1] < order[2] < min(order[3:])
 
@@ -389,7 +401,9 @@ plots.display(
 )
 
 # %% [markdown]
-# With many steps, sharp images; with two, blurs that are much alike; with one, noise. The noise has a dull reason: the usual spacing of k steps over
+# With many steps, sharp images; with two, blurs that are much alike; with one, noise. Two surprises in the chart: two steps score worse than noise,
+# as the distance compares how much images differ, too, and these hardly do; and fifty steps can score like real images or better, as another draw of
+# those moves the number by as much. The noise has a dull reason: the usual spacing of k steps over
 # the chain takes the indices 0, T/k, 2T/k, …, so for k = 1 the only index is 0. The teacher was told "almost no noise here", and
 # took almost none away. Whoever needs few steps must start at the top.
 #

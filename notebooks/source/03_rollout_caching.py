@@ -113,7 +113,7 @@ plots.tell(f"Bit for bit the same at n = {', '.join(map(str, indices.tolist()))}
 # %% [markdown]
 # ## Four steps
 #
-# Of course we don't know $x_0$. The teacher guesses it, and there are four ways on:
+# Of course we don't know $x_0$. The teacher guesses it, and there are four ways on. Where one ends is called $\hat x_r$:
 #
 # | step | how | evaluations |
 # |---|---|---|
@@ -142,7 +142,10 @@ def solution(x_n, eps, ab_n, ab_r):
 assert check("03.ddim", solution)
 
 # %% [markdown]
-# They differ in what becomes of the noise. Take a large step, so that one sees it. The variance that $x_r$ *should* have follows from
+# In lesson 1's coordinates, this is Euler's step of the ODE: there $x = D + \sigma\varepsilon$, so $\varepsilon = (x-D)/\sigma$, and the same two at a level
+# σ' are $D + \sigma'\varepsilon = x + (\sigma'-\sigma)\,\frac{x - D}{\sigma}$.
+#
+# The four differ in what becomes of the noise. Take a large step, so that one sees it. The variance that $x_r$ *should* have follows from
 # lesson 1: $\bar\alpha_r\operatorname{Var}(x_0) + 1 - \bar\alpha_r$.
 
 # %%
@@ -184,8 +187,8 @@ brief = PROFILES["t4"]
 seen = brief.regression_updates * brief.batch_size
 walk = brief.rollout_steps
 rows = {
-    "x̂, one step lower": (seen, brief.pairs),
-    f"the end of {walk} steps, one state a walk": (seen * walk, brief.pairs),
+    "x̂_r, one step lower": (seen, brief.pairs),
+    f"the end of {walk} steps, one state a walk": (seen * walk, brief.pairs * walk),
     f"the end of {walk} steps, every state": (seen, brief.pairs),
 }
 plots.tell(
@@ -194,10 +197,12 @@ plots.tell(
     "| target | evaluations, fresh pairs | evaluations, cached | saved |\n|---|---|---|---|\n"
     + "\n".join(f"| {name} | {a:,} | {b:,} | **{a / b:.1f}×** |" for name, (a, b) in rows.items())
 )
+assert len({a / b for a, b in rows.values()}) == 1
 
 # %% [markdown]
-# So with one step lower the cache saves little, unless several students learn from it. With ends of walks, what saves most is
-# using *every* state of a walk. But the states of one walk make a poor batch: one has to keep and shuffle them, and that is the cache. There is a price: a student that sees a pair twice may learn it by heart, and the walks in a cache are few.
+# What a cache saves is how often the student sees a pair again, whatever the target: here little, unless several students learn from it. With ends of
+# walks, what saves most is in the first column of numbers: use *every* state of a walk, and its steps are shared. But the states of one walk make a poor batch: one
+# has to keep and shuffle them, and for that one needs the cache. There is a price: a student that sees a pair twice may learn it by heart, and the walks in a cache are few.
 # Consistency distillation, as its paper does it, makes its pairs afresh at every update, and keeps nothing.
 
 # %% [markdown]
@@ -247,10 +252,10 @@ assert errors["identity"][0] < 0.01 and 3 < grows["identity"] < 6 and grows["ddi
 assert all(a < b for a, b in zip(errors["ddim"], errors["identity"], strict=True))
 
 # %% [markdown]
-# The distance itself grows like δ, so its square like δ². The error that DDIM makes grows like δ² (it is Euler's method), so its square like δ⁴. That is
+# The distance itself grows like δ, so its square like δ². The error of DDIM, an Euler step, grows like δ², so its square like δ⁴. That is
 # the trade: a small δ gives a target that is nearly right and says nearly nothing, since x unchanged is nearly right, too. A large δ says
 # much, and is wrong. And a better solver (Heun) helps while steps are small, but not when they are large;
-# theory lets its squared error grow 64-fold, which would take a network smoother than this one.
+# in theory its error grows like δ³, so its square 64-fold when δ doubles, which would take a network smoother than this one.
 #
 # **Question.** The brief expects a validation error below 0.01 against targets at δ = 1. What does a student have to learn for that?
 #
@@ -279,13 +284,14 @@ delta_explorer(teacher, images[:100])
 # | who | states | target | kept |
 # |---|---|---|---|
 # | the brief | data | x̂ at n − 1, posterior mean | on disk |
-# | consistency distillation (Song et al. 2023, Algorithm 2) | data | f⁻ at one ODE step lower | nothing |
+# | consistency distillation (Song et al. 2023, Algorithm 2) | data | the student's own answer one ODE step lower (lesson 4) | nothing |
 # | Luhman & Luhman 2021 | rollout, its first state only | the end of the path | on disk |
 # | CMT (Hu et al. 2025) | rollout, all states | the end of the path | |
 #
 # ## Build one
 #
-# `PairCache.build` does the work in shards of a thousand pairs. First the brief's kind, small.
+# `PairCache.build` does the work in shards of a thousand pairs. First the brief's kind, small. From here on t and r are noise levels, as in the papers:
+# a pair, as one reads it, holds x in lesson 1's coordinates, $t = \sigma$ of x_t and r < t of x̂_r, and the chain index n of x_t.
 
 # %% tags=["budget"]
 def rough(value):  # one figure: it was timed, on one machine
@@ -304,7 +310,8 @@ plots.tell(
 assert not cache.verify() and int(pair["n"]) >= 0 and float(pair["r"]) < float(pair["t"])
 
 # %% [markdown]
-# And the other kind: each walk gives as many pairs as it has steps. Here is one of them, read back from disk, with the end that all its states share.
+# And the other kind: each walk gives as many pairs as it has steps. Here is one of them, read back from disk and scaled to the chain's units, with the end
+# that all its states share.
 
 # %% tags=["budget"]
 steps = profile.rollout_steps
@@ -513,7 +520,7 @@ shutil.rmtree(folder)
 # ## What you learned
 #
 # - The reverse step weighs two Gaussians. Its mean loses noise; a step of the ODE does not.
-# - A cache saves much where a target costs a whole walk, and little where it costs one evaluation.
+# - A cache saves as often as a pair is seen again. Where targets are ends of walks, it lets every state of a walk be used.
 # - A small δ: a right target that says little. A large δ: much, and wrong. Never read an error without the identity map's beside it.
 # - A cache must survive interruptions, find damage, and know its teacher. Noise by (seed, number) makes all three easy to test.
 #

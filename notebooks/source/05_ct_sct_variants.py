@@ -489,14 +489,18 @@ assert small[3] < 0.1 * small[1] and small[0] > 1.5 * small[1] and 0.7 < small[2
 # | sCM, MeanFlow | r → t | t alone; t and r | f itself | squared | see the end |
 #
 # Each row repairs something in the row above. CT needs ever closer levels, since its bias falls with N, but close levels carry
-# truth slowly; hence **curricula**, coarse first. Its EMA lags behind; iCT found that the target should be f itself. LPIPS is
-# built on features of ImageNet and flatters FID; hence pseudo-Huber. A uniform choice of levels wastes work at high noise;
-# hence the log-normal one. ECT sees that at r = 0 the loss is a denoiser's, so that a pretrained diffusion model stands just
-# before stage 0 (which still is denoising below t ≈ 2), and drops the grid. SCT lowers the variance.
+# truth slowly; hence **curricula**, coarse first. Its EMA lags behind; iCT found that the target should be f itself. LPIPS (learned
+# perceptual image patch similarity) compares features of a network trained on ImageNet, as FID does (lesson 6), and flatters it;
+# hence pseudo-Huber. A uniform choice of levels wastes work at high noise; hence the log-normal one. ECT drops the grid: it draws
+# t, and at stage a = 0, 1, 2, … puts r below it,
+#
+# $$r = \max\big(0,\; t\,(1 - q^{-(a+1)}\,n(t))\big), \qquad n(t) = 1 + 8\,\mathrm{sigmoid}(-t).$$
+#
+# At r = 0 the loss is a denoiser's, so a pretrained diffusion model stands just before stage 0. With q = 2 that stage still is
+# denoising below t ≈ 2, where $n(t) \ge 2$. SCT lowers the variance.
 #
 # ### Your turn: ECT's gap
-# ECT draws t and puts r below it: $r = t\,\big(1 - q^{-(a+1)}\,n(t)\big)$ with $n(t) = 1 + 8\,\mathrm{sigmoid}(-t)$ at stage a
-# = 0, 1, 2, …, and never less than 0.
+# Return ECT's r.
 
 # %% tags=["your-turn"]
 def my_r(t, stage, q):  # [B], a whole number, a number -> [B]
@@ -677,10 +681,12 @@ for name, found in errors.items():
 # - **CT and CD** learn from an EMA, which lags. In the shortest run (profile `ci`), truth has hardly reached the highest noise
 #   with them; in a longer one it has.
 # - **SCT against ECT** is the clean comparison, as the target alone differs. In a longer run (profile `cpu`) the lower variance of
-#   the target shows at every noise level; the shortest only begins to show it. The 500 references don't contain the source (the
+#   the target shows in all three ranges of the table; the shortest only begins to show it. At the left end of the figure there is
+#   nothing to gain, and ECT even lies lower. The 500 references don't contain the source (the
 #   batch does), so at the smallest t, where the nearest one gets all the weight, they are biased.
-# - **iCT and ECT with another distance** are closer to each other than to SCT, and another step size would move them as much. Read
-#   nothing into their order.
+# - **iCT and ECT with another distance**: another step size would move them. Read nothing into their order.
+# - **The denoiser** wins at the smallest t, where it is nearly f: it is exact here, while each network has a small error of its own.
+#   In the longer run it beats CT and fresh chunks in the whole first range.
 # - **The score term** changes little: where it is exact, at small t, the boundary has already done the work.
 # - **An exact teacher** helps less than one may expect: its few levels and its lagging target count, too.
 #
@@ -699,7 +705,7 @@ consistency_map(mixture, trained["SCT, the batch"][0], sigma_max=3.0)
 #
 # Curricula close the pair. Why not take the limit? A difference of outputs becomes a derivative along the path,
 # $\mathrm df/\mathrm dt = \partial_t f + \nabla f\cdot \mathrm dx/\mathrm dt$, and a **Jacobian-vector product** (JVP) gives it
-# in one forward pass, with tangent (ε, 1). sCM trains on it. First check that it is the limit, where f is a formula: for
+# in one forward pass, with tangent (ε, 1). sCM (continuous-time consistency models, simplified) trains on it. First check that it is the limit, where f is a formula: for
 # Gaussian data.
 
 # %%
@@ -728,14 +734,15 @@ assert along_ode.norm(dim=1).max() < 1e-4 < along_pair.norm(dim=1).mean()
 # Along the ODE the derivative of the exact f is zero: the PDE of lesson 4. Along a single pair it isn't. It is the TD error,
 # which is zero on average only, since ε is the ODE's slope on average only. That is the score identity for the third time.
 #
-# **MeanFlow** takes the same limit for another quantity, the mean velocity $u = (z_t - z_r)/(t - r)$ between two points of one
-# *ODE path*, in the coordinates $z = (1-t)\,x_0 + t\,\varepsilon$. Differentiate $(t-r)\,u$ by t, and you have its identity,
-# $u = v - (t-r)\,\mathrm du/\mathrm dt$ with v the velocity at t. At r = 0, $u = (z - f)/t$, so the exact f must obey it:
+# **MeanFlow** takes the same limit for another quantity, the mean velocity $u = (z_\tau - z_\rho)/(\tau - \rho)$ between two points of one
+# *ODE path*, in the coordinates $z = (1-\tau)\,x_0 + \tau\,\varepsilon$, where τ, from 0 to 1, is no σ but the noise's share. Differentiate
+# $(\tau-\rho)\,u$ by τ, and you have its identity, $u = v - (\tau-\rho)\,\mathrm du/\mathrm d\tau$ with v the velocity at τ. At ρ = 0,
+# $u = (z - f)/\tau$, so the exact f must obey it:
 
 # %%
-def u(z, t):  # the straight path is x/(1 + σ) at t = σ/(1 + σ)
-    sigma = t / (1 - t)
-    return (z - exact_f(z * (1 + sigma)[:, None], sigma)) / t[:, None]
+def u(z, tau):  # z = x/(1 + σ) at τ = σ/(1 + σ)
+    sigma = tau / (1 - tau)
+    return (z - exact_f(z * (1 + sigma)[:, None], sigma)) / tau[:, None]
 
 tau = t / (1 + t)
 z = x_t / (1 + t)[:, None]
@@ -746,7 +753,7 @@ finite = (u(z + h * v, tau + h) - u(z - h * v, tau - h)) / (2 * h)
 
 worst = float((mean_velocity - (v - tau[:, None] * du)).abs().max())
 plots.tell(
-    f"du/dt by JVP and by a finite difference differ by at most {float((du - finite).abs().max()):.0e};"
+    f"du/dτ by JVP and by a finite difference differ by at most {float((du - finite).abs().max()):.0e};"
     f" the identity holds to **{worst:.0e}**."
 )
 torch.testing.assert_close(du, finite, rtol=1e-4, atol=1e-4)
@@ -771,14 +778,16 @@ if found:
     plots.tell(compare.markdown(found))
     alt = "Fréchet distance at one evaluation against images seen, a panel for each objective."
     plots.display(compare.figure(found), alt)
+    plots.tell(
+        "Three things to look at before the ranking. The **start**: from the teacher's weights, ECT's first stage is close"
+        " to what the student already is. The **spread**: with one seed there is none, and then there is no ranking. The"
+        " **forward passes**: a teacher costs passes for every pair, a stable target costs none. Lesson 6 says what such a"
+        " distance can and can't tell."
+    )
 else:
     plots.tell("There is no result here yet. Run the command, then this cell again.")
 
 # %% [markdown]
-# Three things to look at in it before the ranking. The **start**: from the teacher's weights, ECT's first stage is close to what the
-# student already is. The **spread**: with one seed there is none, and then there is no ranking. The **forward passes**: a
-# teacher costs passes for every pair, a stable target costs none. Lesson 6 says what such a distance can and can't tell.
-#
 # ## What you learned
 #
 # - One image's $(x_0 - x_t)/t^2$ is an unbiased score. With it in the ODE step, a pair is one image and *one* noise at two

@@ -781,8 +781,8 @@ if found:
     plots.tell(
         "Three things to look at before the ranking. The **start**: from the teacher's weights, ECT's first stage is close"
         " to what the student already is. The **spread**: with one seed there is none, and then there is no ranking. The"
-        " **forward passes**: a teacher costs some for every pair, a stable target none; those that filled endpoint"
-        " regression's cache are not counted. Lesson 6 says what such a distance can and can't tell."
+        " **forward passes**: a teacher costs some for every pair, a stable target none. Lesson 6 says what such a distance"
+        " can and can't tell."
     )
 else:
     plots.tell("There is no result here yet. Run the command, then this cell again.")

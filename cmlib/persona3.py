@@ -15,7 +15,7 @@ from cmlib.formats import MULTIPLICATIONS
 from cmlib.ops import expand_like, indexed_normal
 from cmlib.pipeline import shipped
 
-FORMATS = (("torchscript", "fp32"), ("onnx", "fp32"), ("onnx", "fp16"))
+FORMATS = (("torchscript", "fp32"), ("torchscript", "fp16"), ("onnx", "fp32"))
 INT8 = {"INT8, multiplications alone": MULTIPLICATIONS, "INT8, the scalings, too": (*MULTIPLICATIONS, "Mul", "Add")}
 WARM_UP, TARGET, BAR = 5, 5.0, 1.05  # calls; milliseconds; the largest ratio of reconstruction errors
 

@@ -159,7 +159,8 @@ def tables(out: Path, results: Sequence[Result], known: Mapping[str, GradedExerc
             row["to grade"] = opened or ""
             row["flags"] = "; ".join([*result.flags, *result.notes])
             rows.append(row)
-    names = dict.fromkeys(line.name for exercise in known.values() for line in exercise.lines)
+    graded = {result.exercise for result in results if result.graded}
+    names = dict.fromkeys(line.name for name, exercise in known.items() if name in graded for line in exercise.lines)
     columns = ["learner", "exercise", "graded", *names, "auto", "manual", "total", "max", "to grade", "flags"]
     _write(out / "grades.csv", columns, rows)
     for path in (out / "state" / "manual.csv", out / "manual.csv"):

@@ -174,12 +174,12 @@ def _write_graded(notebook: NotebookNode, result: Result, exercise: GradedExerci
 def grade(source: Path, folder: Path, out: Path) -> dict[str, Any]:
     """Grade every submission in `source` against the solved exercises in `folder`; a second run goes on, and merges points
     that a person gave meanwhile. Writes grades.csv, manual.csv, feedback/, similarity.csv, summary.html; returns metrics."""
-    known, isolation = exercises(folder), sandbox.level()
     begin = time.monotonic()
+    submissions, known, isolation = collect(source), exercises(folder), sandbox.level()
     (out / "state").mkdir(parents=True, exist_ok=True)
     gradebook.begin(out, known)
     merged = gradebook.merge_manual(out, known)
-    read, results = _sort(collect(source), known)
+    read, results = _sort(submissions, known)
     salt = out / "state" / "salt"
     if not salt.exists():
         write_atomically(salt, lambda file: file.write(secrets.token_hex(16).encode()))

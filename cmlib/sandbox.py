@@ -141,16 +141,9 @@ def run(
     }
     prefix = LEVELS[name or level()](folder, hidden)
     with open(os.devnull, "r+b") as null:
-        process = subprocess.Popen(
-            [*prefix, *command],
-            cwd=folder,
-            env=environment,
-            start_new_session=True,
-            umask=0o022,
-            stdin=null,
-            stdout=null,
-            stderr=null,
-        )
+        pipes = {"stdin": null, "stdout": null, "stderr": null}
+        where = {"cwd": folder, "env": environment, "start_new_session": True, "umask": 0o022}
+        process = subprocess.Popen([*prefix, *command], **pipes, **where)  # type: ignore[call-overload]
     family: list[psutil.Process] = []
     try:
         return _watch(process, folder, limits, family)

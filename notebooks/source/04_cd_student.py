@@ -22,6 +22,8 @@
 
 # %%
 import copy
+import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -194,7 +196,8 @@ with torch.no_grad():
 #
 # </details>
 #
-# So we don't ask the network for the boundary, we build it in:
+# So we don't ask the network for the boundary, we build it in. (t is σ from here on, as in the papers, and r < t a lower noise level. The boundary is
+# at $\sigma_{min}$, not at 0, as the teacher's chain ends there, with noise that no eye sees; the papers, too, stop just above 0.)
 #
 # $$f(x, t) = c_{skip}(t)\,x + c_{out}(t)\,F\big(c_{in}(t)\,x,\; c_{noise}(t)\big), \qquad c_{skip}(\sigma_{min}) = 1,\quad c_{out}(\sigma_{min}) = 0.$$
 #
@@ -205,7 +208,7 @@ with torch.no_grad():
 #   $c_{skip} = \sigma_d^2/(t^2+\sigma_d^2)$, and then it is $\sigma_d^2t^2/(t^2+\sigma_d^2)$. The root of that is $c_{out}$,
 #   so that F has variance 1, too.
 #
-# That is Karras et al.'s choice, with its boundary at t = 0. Ours is at $\sigma_{min}$, so put $t - \sigma_{min}$ for t where it decides
+# That is Karras et al.'s choice, with its boundary at t = 0. For ours put $t - \sigma_{min}$ for t where it decides
 # about the boundary: in $c_{skip}$, and in the numerator of $c_{out}$.
 #
 # ### Your turn: the boundary
@@ -420,7 +423,7 @@ assert min(alike[:2]) > 0.95 > 0.7 > alike[2], "one jump from noise gives noise"
 # <details><summary>Answer</summary>
 #
 # All the way: r = 0. Then the target is the end of the path. It is a good loss, and comes next. What it costs is a whole rollout for
-# each target, computed before training, while $\hat x_r$ next door costs one step.
+# each independent target, computed before training, while $\hat x_r$ next door costs one step.
 #
 # </details>
 #
@@ -546,13 +549,16 @@ plots.tell(
 )
 
 # %% [markdown]
+# So few updates hardly move this gap, and hardly change how the rows below look (profile `cpu`). The distances between sets of images, in the results,
+# tell more.
+#
 # Below, each column starts from one noise. At the bottom stand the teacher's fifty steps from it, and, where the course ships one, a student of
-# the same recipe that was trained for longer (`data/README.md` says how). Look down a column: with that student, the last two rows hold the *same* image, though that
+# the same recipe that was trained for longer. Look down a column: with that student, the last two rows hold the *same* image, though that
 # noise was in no training set. What a student learns is not the look of digits, it is the teacher's map from noise to digits.
 
 # %%
-longer = shipped(f"{profile.dataset}_student.safetensors")
-longer = ConsistencyFunction.load(longer).to(device) if longer.exists() else trained
+weights = shipped(f"{profile.dataset}_student.safetensors")
+longer = ConsistencyFunction.load(weights).to(device) if weights.exists() else trained
 LONGER = "distilled" if longer is trained else "trained longer"
 names = [
     "start: the teacher's weights",
@@ -583,6 +589,14 @@ plots.tell(
     f"RMS distance of the last two rows: **{distance(ours, theirs):.2f}**;"
     f" with one of them moved on by one image: **{distance(ours, theirs.roll(1, 0)):.2f}**."
 )
+if longer is not trained:
+    commands = " ".join(json.loads(weights.with_suffix(".json").read_text())["commands"])
+    pairs, *runs = (int(k) for k in re.findall(r"--(?:pairs|updates) (\d+)", commands))
+    plots.tell(
+        f"Its longer training: **{pairs:,}** cached pairs, **{runs[0]:,}** updates of endpoint regression,"
+        f" **{runs[1]:,}** of consistency distillation; ours had {len(cache):,}, {profile.endpoint_updates // 3:,}"
+        f" and {updates:,}."
+    )
 assert distance(ours, theirs) < distance(ours, theirs.roll(1, 0))
 
 # %% [markdown]
@@ -632,12 +646,15 @@ assert both.max() < 1e-5 < 0.01 < min(v.min() for v in (through_t, through_x, of
 # exact f, whose stars stand still, then D, whose stars wander from the middle of the data to their ends.
 
 # %%
-consistency_map(mixture)
+consistency_map(mixture, sigma_max=2.0)
 
 # %%
-consistency_map(mixture, mixture.denoise)
+consistency_map(mixture, mixture.denoise, sigma_max=2.0)
 
 # %% [markdown]
+# ### Optional: do students solve it?
+# (The results are in the section after this one.)
+#
 # Is the equation true for our students? We have two ways to ask. **One level apart**: the difference between neighbours of the 18 training
 # levels, $f(x_t,t) - f(\hat x_r,r)$, which is what the loss sees. **Infinitely close**: the equation itself, on the teacher's velocity. Both per unit of ln t.
 
@@ -727,7 +744,7 @@ if longer is not trained:
 # ## One evaluation, two, fifty
 #
 # A consistency model can spend a second evaluation: jump, add noise of a middle level to the answer, jump again. `levels` says where.
-# Now to numbers: `fd`, a Fréchet distance between sets of images in the features of a small classifier (lesson 6 takes it apart). It
+# Now to the results: `fd`, a Fréchet distance between sets of images in the features of a small classifier (lesson 6 takes it apart). It
 # depends on how many images are compared, so all have the same number. For orientation stand there
 # the training images themselves, drawn at random: they don't score 0 either, as every draw has its scatter, and what comes near them can't be told
 # from them.

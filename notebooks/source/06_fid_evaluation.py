@@ -3,8 +3,8 @@
 #
 # {badge}
 #
-# A student makes images. Are they as good as its teacher's? The field answers with one number, the FID, and the brief asks for a student
-# "within ±2" of its teacher. This lesson takes that number apart: what it measures, what moves it although no image got better, and what it
+# A student makes images. Are they as good as its teacher's? The field answers with one number, the FID, and the brief that this course grew out of
+# (lesson 2) asks for a student "within ±2" of its teacher. This lesson takes that number apart: what it measures, what moves it although no image got better, and what it
 # cannot see. Then it measures teacher and student so that the comparison holds.
 #
 # **You will be able to**
@@ -187,7 +187,8 @@ assert far["the Gaussian"][1] > 5 * far["other real digits"][1], "features can"
 #
 # - the **memoriser** hands out training images, drawn at random with repetition: its images are perfect, and it is useless;
 # - the **short walk**: the teacher with a third of its steps;
-# - the **denoiser**: the teacher asked once, for the average image behind pure noise;
+# - the **denoiser**: the teacher asked once, for the average image behind pure noise. At so high a σ it does not get it: times σ, the small error
+#   of its ε leaves noisy blots (lesson 2);
 # - the **identity map** returns the noise itself.
 
 # %%
@@ -225,7 +226,7 @@ scores = {name: [fd(reference, f) for f in three] for name, three in seen.items(
 shown = (TEACHER, SHORT, TWO, ONE, "denoiser", "identity map")
 plots.display(
     plots.samples({name: data.to_float(sets[name][0]) for name in shown}),
-    "Samples: the teacher's and the student's are clear, the denoiser's blurred, the identity map's noise.",
+    "Samples: the teacher's and the student's are clear, the denoiser's noisy blots, the identity map's noise.",
 )
 
 # %% [markdown]
@@ -280,8 +281,8 @@ assert abs(by_way["clamped and cut off"] - by_way["clamped and rounded"]) < 1
 # with N images a side, it is not.
 #
 # How large must it be? With N images, the mean misses by a variance $\lambda_i/N$ along each eigenvector of Σ, in all $\operatorname{tr}\Sigma/N$.
-# The covariance misses by some Δ, and for small Δ the second term of the distance is $\tfrac12\sum_{ij}\Delta_{ij}^2/(\lambda_i+\lambda_j)$. For
-# Gaussian features $\mathbb E\,\Delta_{ij}^2 = \lambda_i\lambda_j(1+\delta_{ij})/N$. Together
+# The covariance misses by some Δ, and for small Δ the second term of the distance is $\tfrac12\sum_{ij}\Delta_{ij}^2/(\lambda_i+\lambda_j)$. (In one
+# dimension: $s'^2 = s^2 + \Delta$ makes $(s-s')^2 \approx (\Delta/2s)^2 = \Delta^2/4\lambda$, with $\lambda = s^2$.) For Gaussian features $\mathbb E\,\Delta_{ij}^2 = \lambda_i\lambda_j(1+\delta_{ij})/N$. Together
 #
 # $$\mathbb E\,d^2 \approx \frac cN, \qquad c = \operatorname{tr}\Sigma + \frac12\sum_{ij}\frac{\lambda_i\lambda_j\,(1+\delta_{ij})}{\lambda_i+\lambda_j},$$
 #
@@ -327,8 +328,8 @@ assert (abs(ratio - 1) < 0.35).all() and (chance > 0).all()
 # The formula has no free parameter. FID has 2,048 features and a bias to match: published numbers use 50,000 images, and a number from
 # 10,000 is larger for the same model.
 #
-# Here are the generators against the training images, at several N; shading is the range over three seeds. Move N and read the line above
-# the picture.
+# Here are the generators against the training images, at several N; shading is the range over three seeds. Move N: the title says
+# what each generator has there.
 
 # %%
 counts = [n // 10, n // 6, n // 4, n // 3, n // 2, 2 * n // 3, n]
@@ -457,8 +458,8 @@ for key, value in features.protocol.items():
 #
 # **KID** asks the same question without fitting a Gaussian. It compares all pairs of features by a kernel $k(x,y) = (x\cdot y/d+1)^3$:
 # real with real, fake with fake, real with fake. By leaving each image's pair with itself out, it has no bias at any N, if the two sets are
-# independent; so it may come out below 0 when their distributions are equal. What remains is scatter. (The memoriser's images *are* in the reference:
-# its KID is below 0 on average.)
+# independent; so it may come out below 0 when their distributions are equal. What remains is scatter. (Here they are not independent: the memoriser's
+# images *are* in the reference, and teacher and student were trained on it. So theirs may lie below 0 on average, too.)
 
 # %%
 few = n // 5
@@ -563,7 +564,7 @@ ax.set(xlabel="network evaluations an image", ylabel=f"fd_digits, N = {n}", titl
 ax.set(xscale="log", yscale="log")
 ax.set_xticks([1, 2, steps // 3, steps], [1, 2, steps // 3, steps])
 ax.minorticks_off()
-ticks = [t for t in (2, 5, 10, 20, 50, 100, 200, 500) if ax.get_ylim()[0] < t < ax.get_ylim()[1]]
+ticks = [t for t in (2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 200, 500) if ax.get_ylim()[0] < t < ax.get_ylim()[1]]
 ax.set_yticks(ticks, ticks)
 ax.legend(frameon=False)
 plots.display(
@@ -608,7 +609,7 @@ assert average["teacher's denoiser, once"] < average["student, one jump"]
 assert 0.85 < average["student, one jump"] / average["always the mean image"] < 1.15
 
 # %% [markdown]
-# By the average, the student is hardly better than a constant picture, and worse than a denoiser whose images are blurs. Is the student bad? No:
+# By the average, the student is hardly better than a constant picture, and worse than a denoiser, which answers with averages. Is the student bad? No:
 # the yardstick is. At large σ the noise hides which digit it was. A sampler must answer with *some* digit, usually another one, and its
 # squared distance to $x_0$ is about twice that of the mean image. This distance rewards blur. Only at small σ, where $x_0$ can
 # still be seen, does it say something about a sampler.
@@ -632,7 +633,8 @@ plots.tell(f"Mean gap above σ = 1: {told}.")
 assert at_top["student, one jump"] < 0.6 * at_top["teacher's denoiser, once"] < at_top["identity map"]
 
 # %% [markdown]
-# Here the order is right: one jump of the student ends near where the teacher's whole walk ends, the denoiser does not.
+# Here the order is right: from high noise, one jump of the student ends near where the teacher's whole walk ends, the denoiser does not. (At the left
+# end the denoiser's line drops out of the chart, to 0: the walk's last step *is* the denoiser.)
 #
 # ## The verdict: "FID within ±2 of the teacher"
 #
@@ -671,7 +673,7 @@ assert own > 2, "the teacher does not stay within ±2 of itself"
 # One run against one run could have come out either way: the teacher alone moves by more than 2 when only its seed changes. More seeds
 # would decide: an interval from k seeds shrinks as 1/√k, and t falls towards 2. And "±" counts a student that is *better* by more than 2 as a failure.
 #
-# And the brief's own student, the regression onto $\hat x_{t-1}$ of lesson 4? A checkout of the course keeps the results of `cmlib demo` under
+# And the brief's own student, the regression onto the teacher's next state $\hat x_r$ of lesson 4? A checkout of the course keeps the results of `cmlib demo` under
 # three seeds (`benchmarks/demo_seeds.py`): its students trained anew each time, all images measured under one protocol.
 
 # %%
@@ -717,7 +719,7 @@ plots.tell(f"±2 around {ddpm} is from {ddpm - 2:.2f} to {ddpm + 2:.2f}: **{2 / 
 
 # %% [markdown]
 # On CIFAR-10 the claim is neither empty nor sharp: it tells the first methods from the later ones, and nothing among the later ones. They earned
-# it with hundreds of thousands of updates; the brief's 5,000 updates of 64 images and its regression onto $\hat x_{t-1}$ (lesson 4) are
+# it with hundreds of thousands of updates; the brief's 5,000 updates of 64 images and its regression onto $\hat x_r$ (lesson 4) are
 # far from there.
 #
 # A claim that can be checked reads like this: *FID at 1 evaluation minus the teacher's at 50, both with 50,000 images, against the

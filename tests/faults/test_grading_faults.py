@@ -202,7 +202,7 @@ os.mkfifo(pathlib.Path(os.environ["CMLIB_GRADING_FOLDER"]) / "summed.safetensors
     (handed_in / "scribbler" / "tiny.ipynb").write_text("dear teacher, my computer ate it")
     (handed_in / "poet").mkdir()
     (handed_in / "poet" / "poem.txt").write_text("roses are red")
-    limits = Limits(wall=120, cpu=60, cell=20, memory=2**30, disk=2**26)
+    limits = Limits(wall=240, cpu=60, cell=30, memory=2**30, disk=2**26)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sandbox, "Limits", lambda **_: limits)
         metrics = grading.grade(handed_in, top / "exercises", out)
@@ -242,7 +242,7 @@ def test_what_was_handed_out_earns_nothing_and_waits_for_nobody(batch):
 @pytest.mark.parametrize(
     "name, earned, said",
     [
-        ("loop", ("0.0", "3.0"), "cell doubled ran longer than 20 s"),
+        ("loop", ("0.0", "3.0"), "cell doubled ran longer than 30 s"),
         ("greedy", ("2.0", "3.0"), "MemoryError"),
         ("fork", ("0.0", "0.0"), "the run was stopped: "),
         ("stripped", ("2.0", "3.0"), "cell doubled was deleted, and is put back"),

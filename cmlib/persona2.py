@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,8 +21,8 @@ CURVES = 24  # learning curves to judge
 
 
 def start(seed: int) -> tuple[Teacher, Tensor]:
-    """The teacher that comes with the course, on the CPU, and a learner's noise [4,1,8,8]."""
-    return load_teacher("digits_teacher").to("cpu"), indexed_normal(seed, range(4), (1, 8, 8))
+    """The teacher that comes with the course, on the CPU, and a learner's noise [2,1,8,8]."""
+    return load_teacher("digits_teacher").to("cpu"), indexed_normal(seed, range(2), (1, 8, 8))
 
 
 def pairs(teacher: Teacher, noise: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,6 +30,24 @@ def pairs(teacher: Teacher, noise: Tensor, steps: int) -> tuple[Tensor, Tensor, 
     path = teacher.sample(noise, steps, path=True)
     t = teacher.process.sigma(teacher.process.grid(steps).flip(0)).repeat_interleave(len(noise)).to(path.device)
     return path[:-1].flatten(0, 1), t, path[-1].repeat(steps, 1, 1, 1)
+
+
+def fault(teacher: Teacher, noise: Tensor, paths: Tensor, numbers: Sequence[int]) -> str:
+    """What is wrong with rollouts of `numbers` steps, one after the other, empty if nothing: a path is right if every step of
+    it is, and some thirty of each are looked at."""
+    sizes, T = [k + 1 for k in numbers], teacher.process.T
+    if paths.shape != (sum(sizes), *noise.shape):
+        return f"expected rollouts of {sizes} states of shape {list(noise.shape)}, got {list(paths.shape)}"
+    for k, path in zip(numbers, paths.split(sizes), strict=True):
+        if not torch.allclose(path[0], noise, atol=1e-5):
+            return f"the rollout of {k} steps does not start from the noise"
+        some = torch.cat([torch.arange(0, k, k // 25), torch.tensor([k - 1])])
+        n = _visited(T, k)[some].repeat_interleave(len(noise))
+        r = torch.where(n > 0, n - T // k, -1)
+        wrong = (teacher.step(path[some].flatten(0, 1), n, r, "ddim") - path[some + 1].flatten(0, 1)).abs().flatten(1).amax(1)
+        if not bool((wrong < 1e-4).all()):
+            return f"the rollout of {k} steps: what follows timestep {int(n[wrong.argmax()])} is not one DDIM step"
+    return ""
 
 
 @torch.no_grad()

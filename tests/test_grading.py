@@ -72,6 +72,8 @@ def test_as_handed_out_it_earns_nothing_and_the_solution_earns_all(name, monkeyp
     exercise = PERSONAS[name]
     tests = grading.tests(exercise)
     assert tests and sum(line.points for line in exercise.lines) >= 10
+    names = [c.metadata.nbgrader.grade_id for c in exercise.solved.cells if "nbgrader" in c.metadata]
+    assert len(set(names)) == len(names), "a cell is found by its name alone where an editor strips its metadata"
     for notebook, right in ((exercise.student, False), (exercise.solved, True)):
         folder = tmp_path / str(right)
         folder.mkdir()

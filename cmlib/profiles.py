@@ -80,6 +80,20 @@ CI = replace(
     samples=300,
     timesteps=8,
 )
+LAPTOP = replace(  # images of 32×32 on two cores: hours, not minutes
+    CPU,
+    name="laptop",
+    minutes=300,
+    dataset="fashion_mnist",
+    teacher="fashion_mnist_teacher",
+    widths=(16, 32, 64, 96),  # narrow where the pixels are many
+    teacher_updates=10_000,
+    batch_size=32,
+    rollout_steps=20,
+    pairs=100_000,
+    endpoint_updates=5_000,
+    distill_updates=500,
+)
 T4 = Profile(
     name="t4",
     minutes=40,
@@ -103,7 +117,7 @@ T4 = Profile(
 RTX4070 = replace(  # the CS student's: nobody has timed it on that card yet
     T4, name="rtx4070", minutes=60, source="rollout", solver="ddim", rollout_steps=500, batch_size=32
 )
-PROFILES = {p.name: p for p in (CI, QUICK, CPU, T4, RTX4070)}
+PROFILES = {p.name: p for p in (CI, QUICK, CPU, LAPTOP, T4, RTX4070)}
 
 
 def select(name: str | None = None) -> Profile:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cmlib import __version__, commands
+from cmlib import __version__, commands, ranks
 from cmlib.export import FORMATS
 from cmlib.files import write_json
 from cmlib.ops import seed_everything
@@ -169,9 +169,12 @@ def main(argv: list[str] | None = None) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cannot make the folder --out {args.out} ({error.strerror}); give another") from error
-        seed_everything(args.seed)
-        metrics = args.function(args, profile)
-        write_json(args.out / "metrics.json", {**metrics, "protocol.seed": args.seed, "protocol.profile": profile.name})
+        with ranks.joined():
+            seed_everything(args.seed)
+            metrics = args.function(args, profile)
+            if ranks.is_first():
+                told = {"protocol.seed": args.seed, "protocol.profile": profile.name}
+                write_json(args.out / "metrics.json", {**metrics, **told})
         return 0
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"cmlib: {' '.join(str(error).split())}", file=sys.stderr)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cmlib import compare as comparing
-from cmlib import data, evaluate, parity, pipeline, plots, recipes, report
+from cmlib import data, evaluate, parity, pipeline, plots, ranks, recipes, report
 from cmlib import demo as demo_run
 from cmlib import export as exporting
 from cmlib.cache import PairCache
@@ -77,7 +77,8 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
         patience=args.patience,
         refresh=refresh,
     )
-    teacher.save_pretrained(args.out / "pipeline")
+    if ranks.is_first():
+        teacher.save_pretrained(args.out / "pipeline")
     last = history[-1]
     print(f"held-out ε-MSE {before:.4f} -> {last['held_out']:.4f} after {last['step']} updates, in {args.out / 'pipeline'}")
     return {

@@ -186,7 +186,7 @@ class MeanFlow:
 
     def times(self, n: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """t and r [n]."""
-        low, high = torch.sigmoid(self.mean + self.std * torch.randn(2, n, generator=generator)).sort(dim=0).values
+        low, high = torch.sigmoid(self.mean + self.std * torch.randn(n, 2, generator=generator)).sort(dim=1).values.unbind(1)
         return high, torch.where(torch.rand(n, generator=generator) < self.instant, high, low)
 
     def target(self, u: Network, z: Tensor, t: Tensor, r: Tensor, v: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from cmlib import ranks
 from cmlib.data import to_float, to_uint8
 from cmlib.files import write_atomically
 from cmlib.ops import device_of, expand_like, mse
@@ -98,8 +99,12 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 @torch.no_grad()
 def features(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
     """Features [N,dim] of uint8 images, or of float images after the same rounding to uint8 that saving them would do."""
-    rows = [part if part.dtype == torch.uint8 else to_uint8(part) for part in images.split(batch_size)]
-    return torch.cat([classifier.features(to_float(part).to(device_of(classifier))).cpu() for part in rows])
+
+    def of(part: Tensor) -> Tensor:
+        rounded = part if part.dtype == torch.uint8 else to_uint8(part)
+        return classifier.features(to_float(rounded).to(device_of(classifier))).cpu()
+
+    return ranks.dealt(images.split(batch_size), of)
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:

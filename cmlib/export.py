@@ -185,4 +185,5 @@ def load_diffusers(folder: str | Path) -> ConsistencyFunction:
 
 def save_npz(path: Path, images: Tensor) -> None:
     """uint8 images as `samples` [N,H,W,C], the layout that published FID tools read."""
-    np.savez_compressed(path, samples=images.permute(0, 2, 3, 1).contiguous().numpy())
+    pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+    write_atomically(path, lambda file: np.savez_compressed(file, samples=pixels))

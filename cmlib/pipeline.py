@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cmlib import data, evaluate, plots
+from cmlib import data, evaluate, plots, ranks
 from cmlib.cache import PairCache
 from cmlib.consistency import PlainFunction, sample
 from cmlib.files import sha256
@@ -246,12 +246,13 @@ def distill(
 
 
 def draw(f: Any, n: int, evaluations: int, shape: tuple[int, ...], seed: int, batch: int = 500) -> Tensor:
-    """n uint8 images from f; image i depends on (seed, i) alone."""
-    parts = []
-    for index in torch.arange(n).split(batch):
+    """n uint8 images from f; image i depends on (seed, i) alone. Several ranks share the batches."""
+
+    def part(index: Tensor) -> Tensor:
         noise = [indexed_normal(SAMPLING_SEED + seed, index, shape, k) for k in range(evaluations)]
-        parts.append(data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)).cpu())
-    return torch.cat(parts)
+        return data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)).cpu()
+
+    return ranks.dealt(torch.arange(n).split(batch), part)
 
 
 def resampled(images: Tensor, n: int, seed: int) -> Tensor:
@@ -266,10 +267,15 @@ def _step_noise(seed: int, index: Tensor, shape: tuple[int, ...], k: int) -> Ten
 def draw_teacher(
     teacher: Teacher, n: int, steps: int, solver: str, shape: tuple[int, ...], seed: int, batch: int = 100
 ) -> Tensor:
-    """n uint8 images from the teacher, from the same noise as `draw`."""
-    parts = []
-    for index in tqdm(torch.arange(n).split(batch), desc=f"{n} images, {steps} {solver} steps", leave=False, disable=None):
-        noise = indexed_normal(SAMPLING_SEED + seed, index, shape)
-        fresh = partial(_step_noise, SAMPLING_SEED + seed, index, shape) if solver == "ancestral" else None
-        parts.append(data.to_uint8(teacher.sample(noise, steps, solver, draw=fresh)).cpu())
-    return torch.cat(parts)
+    """n uint8 images from the teacher, from the same noise as `draw`. Several ranks share the batches."""
+    quiet = None if ranks.is_first() else True
+    with tqdm(desc=f"{n} images, {steps} {solver} steps", unit="batch", leave=False, disable=quiet) as bar:
+
+        def part(index: Tensor) -> Tensor:
+            noise = indexed_normal(SAMPLING_SEED + seed, index, shape)
+            fresh = partial(_step_noise, SAMPLING_SEED + seed, index, shape) if solver == "ancestral" else None
+            images = data.to_uint8(teacher.sample(noise, steps, solver, draw=fresh)).cpu()
+            bar.update()
+            return images
+
+        return ranks.dealt(torch.arange(n).split(batch), part)

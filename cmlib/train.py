@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cmlib import ranks
 from cmlib.consistency import EMA
 from cmlib.files import write_atomically
 
@@ -39,7 +40,8 @@ def plateaued(history: list[float], patience: int = 5, tolerance: float = 1e-3) 
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """An even 62-bit seed for the random draws of one step on one rank; the odd one after it is dropout's."""
+    """An even 62-bit seed for the random draws of one step, made for the whole batch (rank 0's seed, on every rank); the odd
+    one after a rank's own is its dropout's."""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2 << 1
 
@@ -85,8 +87,10 @@ class _Run:
         self.step = 0
         self.history: list[dict[str, float]] = []
 
-    def finish_step(self) -> None:
-        """Move the weights, then both averages."""
+    def finish_step(self, rate: float) -> None:
+        """Move the weights by a step of size `rate`, then both averages."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.average.update(self.model, self.step)
@@ -133,6 +137,17 @@ class _Run:
         self.step, self.history = state["step"], state["history"]
 
 
+def _share(batch: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Any, float]:
+    """This rank's rows of a batch on its device, the context in which its draws are theirs (`ranks.rows`), and the weight
+    with which the mean over its rows enters the mean over ranks, so that this is the mean of the whole batch."""
+    rank, world = ranks.here()
+    whole = len(next(iter(batch.values())))
+    if whole < world:
+        raise ValueError(f"a batch of {whole} cannot be shared by {world} processes; start fewer")
+    mine = len(range(rank, whole, world))
+    return {k: v[rank::world].to(device) for k, v in batch.items()}, ranks.rows(mine, whole), mine * world / whole
+
+
 def fit(
     model: nn.Module,
     objective: Any,
@@ -162,6 +177,8 @@ def fit(
     that was killed and resumed equals one that was not, bit for bit on the CPU. Every `every` steps, `on_every(step,
     ema_model)` may add metrics to the history, `stop(history)` may end the run, and `folder/checkpoint.pt` is replaced
     atomically; `resume` goes on from it and refuses one whose settings or `provenance` (data, teacher) differ.
+    Under torchrun each rank takes every world-th image of a batch, with the noise that it would have in one process, and
+    the gradient is the whole batch's. All ranks call `on_every`, and the first one's metrics count.
     Raises FloatingPointError with the step at the first non-finite loss; the last good checkpoint stays.
     """
     from accelerate import Accelerator
@@ -174,7 +191,8 @@ def fit(
     settings |= {"seed": seed, "precision": precision, **(provenance or {})}
     AcceleratorState._reset_state()  # it is global, and refuses a second precision in one process
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
-    run = _Run(model.to(accelerator.device), objective.mu, ema, optimizer, lr, weight_decay, settings)
+    ranks.alike(model.to(accelerator.device))  # before the averages copy it
+    run = _Run(model, objective.mu, ema, optimizer, lr, weight_decay, settings)
     run.scaler = accelerator.scaler
     checkpoint = Path(folder) / "checkpoint.pt" if folder else None
     if checkpoint:
@@ -182,34 +200,31 @@ def fit(
         if resume and checkpoint.exists():
             run.restore(checkpoint)
     wrapped, run.optimizer = accelerator.prepare(model.train(), run.optimizer)
-    rank, world, start = accelerator.process_index, accelerator.num_processes, run.step
-    quiet = None if accelerator.is_main_process else True
+    start, quiet = run.step, None if accelerator.is_main_process else True
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=quiet)
     losses: list[Tensor] = []
     began = time.monotonic()
     for step, batch in zip(bar, batches(start), strict=False):
-        batch = {k: v[rank::world].to(accelerator.device) for k, v in batch.items()}
-        generator = torch.Generator().manual_seed(step_seed(seed, step, rank))
-        torch.manual_seed(step_seed(seed, step, rank) + 1)
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr, warmup, schedule)
-        with accelerator.autocast():
-            loss = objective(wrapped, run.target.model if run.target else model, batch, step, generator)[0].mean()
-        saving = (step + 1) % every == 0 or step + 1 == steps
-        if not torch.isfinite(loss) or (saving and not all(bool(p.isfinite().all()) for p in model.parameters())):
+        batch, whole, weight = _share(batch, accelerator.device)
+        generator = torch.Generator().manual_seed(step_seed(seed, step, 0))
+        torch.manual_seed(step_seed(seed, step, accelerator.process_index) + 1)
+        with accelerator.autocast(), whole:
+            loss = objective(wrapped, run.target.model if run.target else model, batch, step, generator)[0].mean() * weight
+        saving, mean = (step + 1) % every == 0 or step + 1 == steps, accelerator.reduce(loss.detach(), "mean")
+        if not torch.isfinite(mean) or (saving and not all(bool(p.isfinite().all()) for p in model.parameters())):
             kept = f"; the last good checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
             raise FloatingPointError(
-                f"loss {loss.item()} or a weight is not finite at step {step}{kept}. Lower the learning rate or check the data."
+                f"loss {mean.item()} or a weight is not finite at step {step}{kept}. Lower the learning rate or check the data."
             )
         accelerator.backward(loss)
         if grad_clip:
             accelerator.clip_grad_norm_(wrapped.parameters(), grad_clip)
-        run.finish_step()
-        losses.append(loss.detach())
+        run.finish_step(learning_rate(step, steps, lr, warmup, schedule))
+        losses.append(mean)
         if saving:
             seconds = time.monotonic() - began + (run.history[-1]["seconds"] if run.history else 0.0)
             row = {"step": run.step, "loss": float(torch.stack(losses).mean()), "seconds": round(seconds, 1)}
-            row |= (on_every(run.step, run.average.model) if on_every else None) or {}
+            row = ranks.told(row | ((on_every(run.step, run.average.model) if on_every else None) or {}))
             losses, began = [], time.monotonic()
             run.history.append(row)
             bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k in ("loss", "held_out")})

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 LAYERS = [
-    "files", "ops", "process", "unet", "oracle", "data", "consistency", "curricula", "stable", "continuous", "teacher",
+    "files", "ranks", "ops", "process", "unet", "oracle", "data", "consistency", "curricula", "stable", "continuous", "teacher",
     "cache", "objectives", "train", "evaluate", "plots", "widgets", "checks", "handin", "lesson1", "lesson2", "lesson3",
     "lesson4", "lesson5", "lesson6", "lesson7", "formats", "engine", "export", "parity", "profiles", "recipes", "pipeline",
     "persona1", "persona2", "persona3", "persona4", "persona5", "persona6", "exercises", "report", "demo", "compare", "sandbox",

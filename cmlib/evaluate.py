@@ -33,13 +33,17 @@ class Classifier(nn.Module):
     The last feature map (4×4) is flattened, not pooled: pooled features hardly see a blurred or shifted digit.
     """
 
-    def __init__(self, channels: int = 1, size: int = 8, classes: int = 10, width: int = 32, dim: int = 64):
+    def __init__(self, channels: int = 1, size: int = 8, classes: int = 10, width: int = 32, dim: int = 64, norm: bool = False):
         super().__init__()
-        self.config = {"channels": channels, "size": size, "classes": classes, "width": width, "dim": dim}
-        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+        self.config = {"channels": channels, "size": size, "classes": classes, "width": width, "dim": dim, "norm": norm}
+
+        def convolution(before: int, after: int) -> list[nn.Module]:
+            normed = [nn.BatchNorm2d(after)] if norm else []
+            return [nn.Conv2d(before, after, 3, padding=1), *normed, nn.ReLU()]
+
+        layers = convolution(channels, width)
         while size > 4:
-            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
-            layers += [nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU()]
+            layers += [*convolution(width, width), nn.MaxPool2d(2), *convolution(width, 2 * width)]
             width, size = 2 * width, size // 2
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * size**2, dim), nn.ReLU())
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(dim, classes))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmlib.files import write_atomically
+from cmlib.files import intact, write_atomically
 from cmlib.ops import device_of, expand_like
 from cmlib.process import EDM
 from cmlib.unet import UNet
@@ -117,6 +117,8 @@ class ConsistencyFunction(nn.Module):
             raise ValueError(f"no checkpoint at {path}")
         try:
             if path.suffix == ".pt":
+                if not intact(path):
+                    raise ValueError("a checksum differs")
                 saved = torch.load(path, map_location="cpu", weights_only=True)
                 config = saved["config"]
                 weights = {k.removeprefix("net."): v for k, v in saved["ema"].items() if k.startswith("net.")}

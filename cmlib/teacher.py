@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
+import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from cmlib.consistency import ConsistencyFunction, c_noise
+from cmlib.files import write_atomically
 from cmlib.ops import expand_like
 from cmlib.process import DDPM, EDM, ode_step
 from cmlib.unet import UNet
@@ -59,12 +63,17 @@ class Teacher:
         return teacher.to(device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `DDPMPipeline.from_pretrained` and `from_pretrained` load."""
+        """Write a folder that `DDPMPipeline.from_pretrained` and `from_pretrained` load, each file whole and the index last."""
         from diffusers import DDPMPipeline
 
         assert isinstance(self.unet, UNet)
         pipe: Any = DDPMPipeline(unet=self.unet.to_diffusers(), scheduler=self.scheduler())
-        pipe.save_pretrained(str(folder))
+        with tempfile.TemporaryDirectory() as made:
+            pipe.save_pretrained(made)
+            for path in sorted((p for p in Path(made).rglob("*") if p.is_file()), key=lambda p: p.name == "model_index.json"):
+                to = Path(folder) / path.relative_to(made)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(to, partial(_copy, path))
 
     def scheduler(self) -> Any:
         """diffusers' `DDPMScheduler` of this chain."""
@@ -184,6 +193,11 @@ class Teacher:
                 states.append(self.process.to_edm(x, at)[0])
             x = self.step(x, at, to, solver, draw(k).to(x.device) if draw else None)
         return torch.stack([*states, x]) if path else self._clip(x)
+
+
+def _copy(path: Path, file: BinaryIO) -> None:
+    with open(path, "rb") as source:
+        shutil.copyfileobj(source, file)
 
 
 def warm_start(teacher: Teacher, sigma_max: float, sigma_data: float = 1.0) -> ConsistencyFunction:

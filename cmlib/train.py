@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from cmlib import ranks
 from cmlib.consistency import EMA
-from cmlib.files import write_atomically
+from cmlib.files import intact, write_atomically
 
 Batches = Callable[[int], Iterator[dict[str, Tensor]]]
 
@@ -49,6 +49,8 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """What `fit` saved; weights and numbers only, a pickle with code in it is refused."""
     try:
+        if not intact(path):
+            raise ValueError("a checksum differs")
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
@@ -140,8 +142,7 @@ class _Run:
 def _share(batch: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Any, float]:
     """This rank's rows of a batch on its device, the context in which its draws are theirs (`ranks.rows`), and the weight
     with which the mean over its rows enters the mean over ranks, so that this is the mean of the whole batch."""
-    rank, world = ranks.here()
-    whole = len(next(iter(batch.values())))
+    (rank, world), whole = ranks.here(), len(next(iter(batch.values())))
     if whole < world:
         raise ValueError(f"a batch of {whole} cannot be shared by {world} processes; start fewer")
     mine = len(range(rank, whole, world))
@@ -199,11 +200,11 @@ def fit(
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         if resume and checkpoint.exists():
             run.restore(checkpoint)
+    model.zero_grad()  # whoever made it may have left gradients, as `warm_start`'s own training does
     wrapped, run.optimizer = accelerator.prepare(model.train(), run.optimizer)
-    start, quiet = run.step, None if accelerator.is_main_process else True
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=quiet)
-    losses: list[Tensor] = []
-    began = time.monotonic()
+    start = run.step
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=None if ranks.is_first() else True)
+    losses, began = list[Tensor](), time.monotonic()
     for step, batch in zip(bar, batches(start), strict=False):
         batch, whole, weight = _share(batch, accelerator.device)
         generator = torch.Generator().manual_seed(step_seed(seed, step, 0))

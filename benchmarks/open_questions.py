@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from cmlib import data, evaluate, pipeline, plots
+from cmlib.compare import spread
 from cmlib.consistency import ConsistencyFunction
 from cmlib.files import write_json
 from cmlib.objectives import ECT, SCT, both_branches
@@ -263,6 +264,27 @@ def addition_figure(name: str, plain: list[dict], runs: list[dict]) -> Figure:
     return figure
 
 
+def markdown(kept: dict[str, list]) -> str:
+    """Both tables: the error of one jump by gap and dimension, and each addition to SCT after the last update."""
+    lines = ["| dimensions | " + " | ".join(f"gap {gap:g}" for gap in GAPS) + " |", "|---" * (1 + len(GAPS)) + "|"]
+    for d in map(str, DIMENSIONS):
+        lines.append(
+            f"| {d} | " + " | ".join(spread([run[d][k] for run in kept["spacing"]], 2) for k in range(len(GAPS))) + " |"
+        )
+    lines += [
+        "",
+        "| SCT on digits, from random weights | `fd_digits`, 1 evaluation | 2 evaluations | self-consistency gap |",
+        "|---|---|---|---|",
+    ]
+    for name, (_, _, label) in ADDITIONS.items():
+        values = [
+            spread([run[key][-1] for run in kept[name]], digits) for key, digits in (("fd_1", 0), ("fd_2", 0), ("gap", 3))
+        ]
+        lines.append(f"| {'alone' if name == 'plain' else 'with ' + label} | {' | '.join(values)} |")
+    seeds, updates = len(kept["plain"]), f"{POINT_UPDATES:,} updates of {POINT_BATCH} points, {UPDATES} of {BATCH} digits"
+    return "\n".join([*lines, "", f"{updates}; {seeds} seed(s), mean ± half the range."])
+
+
 def main(names: list[str]) -> None:
     path = RESULTS / "open_questions.json"
     kept: dict[str, list] = json.loads(path.read_text()) if path.exists() else {}
@@ -276,6 +298,8 @@ def main(names: list[str]) -> None:
             plots.save(spacing_figure(kept[name]), RESULTS / "open_spacing.png")
         elif name != "plain":
             plots.save(addition_figure(name, kept["plain"], kept[name]), RESULTS / f"open_{name}.png")
+    if set(kept) == {"spacing", *ADDITIONS}:
+        print(markdown(kept))
 
 
 if __name__ == "__main__":

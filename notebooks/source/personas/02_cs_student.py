@@ -208,7 +208,7 @@ assert work.close("validation", right, 1e-4), "this is not the mean squared diff
 # %% locked="students"
 profile = profiles.select()
 big = load_teacher(profile.teacher)  # on a GPU where there is one
-updates = profile.regression_updates * 2 // 3
+updates = 2 * profile.regression_updates // (6 if profile.rough else 3)
 n_pairs = profile.pairs if torch.cuda.is_available() else min(profile.pairs // 2, 20_000)
 size = 8 if profile.rough else 32  # trajectories to validate on
 fresh = indexed_normal(work.seed + 1, range(size), big.image_shape).to(big.device)

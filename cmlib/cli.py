@@ -6,6 +6,8 @@ import argparse
 import io
 import os
 import sys
+import traceback
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +18,7 @@ from cmlib.files import write_json
 from cmlib.ops import seed_everything
 from cmlib.profiles import PROFILES, select
 from cmlib.recipes import OBJECTIVES
+from cmlib.sizing import PLANS
 from cmlib.teacher import SOLVERS
 
 SOLUTIONS = Path(__file__).resolve().parent.parent / "notebooks" / "solutions"
@@ -113,6 +116,26 @@ def _add_students(top: Any) -> None:
     p.add_argument("--checkpoint", type=Path, required=True)
 
 
+def _add_serving(top: Any) -> None:
+    for name, function, text in (
+        ("serve", commands.serve, "a student behind HTTP, with its page at /"),
+        ("site", commands.site, "that page as static files: the student runs in the visitor's browser"),
+    ):
+        p = _command(top, name, function, text)
+        student = p.add_mutually_exclusive_group(required=True)
+        student.add_argument("--checkpoint", type=Path, help="a student, exported to ONNX first")
+        student.add_argument("--onnx", type=Path, help="the folder of a `cmlib export --format onnx`")
+        p.add_argument("--teacher", help="whose walks the page shows: hub id or folder (default: the shipped one, if any)")
+        p.add_argument("--assets", type=Path, help="folder with onnxruntime-web's dist/, for a page without the CDN")
+        if name == "serve":
+            p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be seen from other machines")
+            p.add_argument("--port", type=int, default=3000)
+            p.add_argument("--workers", type=int, default=1, help="processes, each with its own queue")
+            p.add_argument("--timeout", type=float, default=30.0, help="seconds that a request may take")
+            p.add_argument("--queue", type=int, default=256, help="images that may wait in a worker before it answers 429")
+            p.add_argument("--tensorrt", action="store_true", help="ONNX Runtime's TensorRT provider, where there is one")
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     root = _Parser(prog="cmlib", description="Learn, reproduce and ship consistency models.")
@@ -125,10 +148,12 @@ def parser() -> argparse.ArgumentParser:
     for name, text, add in (("teacher", "the DDPM teacher", _add_teacher), ("cache", "the pair cache", _add_cache)):
         add(top.add_parser(name, help=text, description=text).add_subparsers(required=True, metavar="action"))
     _add_students(top)
+    _add_serving(top)
     p = _command(top, "grade", commands.grade, "grade a folder or zip of submissions (needs nbgrader; for instructors)")
     p.add_argument("folder", type=Path, help="<learner>/<exercise>.ipynb, or what Moodle or Canvas exported")
     p.add_argument("--exercises", type=Path, default=SOLUTIONS, help="folder of solved exercises (default: the course's)")
-    _command(top, "doctor", commands.doctor, "what this machine has and lacks, and which profile fits")
+    p = _command(top, "doctor", commands.doctor, "what this machine has and lacks, and which profile fits")
+    p.add_argument("--plan", choices=[*PLANS], help="instead: pairs, bytes, operations and hours of a run on this data set")
     return root
 
 
@@ -151,9 +176,16 @@ def main(argv: list[str] | None = None) -> int:
             "batch_size",
             "seeds",
             "budget_images",
+            "workers",
+            "timeout",
+            "queue",
         ):
-            if (value := getattr(args, name, None)) is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            if (value := getattr(args, name, None)) is not None and not 1 <= value <= 10**9:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1 and at most 10^9, got {value}")
+        if getattr(args, "patience", 0) < 0:
+            raise ValueError(f"--patience must be at least 0, got {args.patience}")
+        if (lr := getattr(args, "lr", None)) is not None and not 0 < lr < float("inf"):
+            raise ValueError(f"--lr must be a positive number, got {lr}")
         if not 0 <= args.seed < 2**63:
             raise ValueError(f"--seed must lie in 0 … 2^63 − 1, got {args.seed}")
         if args.profile and getattr(args, "quick", False):
@@ -183,6 +215,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"cmlib: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Exception as error:  # nobody foresaw it
+        where = (args.out or Path()) / "traceback.txt"
+        with suppress(OSError):
+            where.write_text(traceback.format_exc(), encoding="utf-8")
+        print(f"cmlib: unforeseen {type(error).__name__}: {' '.join(str(error).split())[:300]} (see {where})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("cmlib: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

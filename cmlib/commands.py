@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from cmlib import compare as comparing
-from cmlib import data, evaluate, parity, pipeline, plots, ranks, recipes, report
+from cmlib import data, evaluate, parity, pipeline, plots, ranks, recipes, report, sizing
 from cmlib import demo as demo_run
 from cmlib import export as exporting
+from cmlib import serve as serving
+from cmlib import site as sites
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction
 from cmlib.files import write_json
@@ -303,6 +305,20 @@ def export(args: Namespace, profile: Profile) -> Metrics:
     return found
 
 
+def site(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib site`"""
+    made = sites.write(args.out, profile.dataset, args.checkpoint or args.onnx, args.teacher, args.assets)
+    print(f"the page is in {args.out}, for any web server: python -m http.server --directory {args.out}")
+    return {"protocol.model": made["name"], "levels": len(made["levels"]), "examples": made["examples"]}
+
+
+def serve(args: Namespace, profile: Profile) -> Metrics:
+    """`cmlib serve`"""
+    settings = {key: getattr(args, key) for key in ("host", "port", "workers", "timeout", "queue", "tensorrt")}
+    serving.start(args.out, site(args, profile)["protocol.model"], **settings)
+    return {f"protocol.{key}": value for key, value in settings.items()}
+
+
 def grade(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib grade`"""
     from cmlib import grading  # psutil, nbformat and nbgrader are the instructor's
@@ -312,19 +328,12 @@ def grade(args: Namespace, profile: Profile) -> Metrics:
 
 def doctor(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib doctor`"""
+    if args.plan:
+        print(f"On GPUs: {sizing.SHARE:.0%} of the maker's peak is assumed; this machine is measured.\n")
+        return _say(sizing.table(args.plan, sizing.measured_rate()))
     found: Metrics = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
-    for package in (
-        "torch",
-        "diffusers",
-        "datasets",
-        "accelerate",
-        "torchmetrics",
-        "ipywidgets",
-        "jupyterlab",
-        "torch-fidelity",
-        "onnxruntime",
-        "tensorrt",
-    ):
+    packages = ["torch", "diffusers", "datasets", "accelerate", "torchmetrics", "ipywidgets", "jupyterlab", "torch-fidelity"]
+    for package in [*packages, "onnxruntime", "tensorrt", "bentoml"]:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

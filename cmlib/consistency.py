@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cmlib.files import intact, write_atomically
 from cmlib.ops import device_of, expand_like
 from cmlib.process import EDM
-from cmlib.unet import UNet
+from cmlib.unet import UNet, check_images
 
 SIGMAS = ("sigma_min", "sigma_max", "sigma_data", "rho")  # a ConsistencyFunction's settings beside its network
 
@@ -198,8 +198,14 @@ def sample(
     draws = [noise] if isinstance(noise, Tensor) else list(noise)
     if len(draws) != len(sigmas):
         raise ValueError(f"{len(sigmas)} levels need as many noise batches, got {len(draws)}")
-    if any(b >= a for a, b in zip(sigmas, sigmas[1:], strict=False)):
-        raise ValueError(f"sigmas must descend, got {list(sigmas)}")
+    if (
+        not sigmas
+        or not all(0 < s < float("inf") for s in sigmas)
+        or any(b >= a for a, b in zip(sigmas, sigmas[1:], strict=False))
+    ):
+        raise ValueError(f"sigmas must descend and be positive numbers, got {list(sigmas)}")
+    for z in draws:
+        check_images(getattr(f, "net", None), z)
     device = device_of(f)
     x = draws[0].to(device) * sigmas[0]
     for k, (z, sigma) in enumerate(zip(draws, sigmas, strict=True)):

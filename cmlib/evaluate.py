@@ -111,14 +111,23 @@ def features(classifier: Classifier, images: Tensor, batch_size: int = 500) -> T
     return ranks.dealt(images.split(batch_size), of)
 
 
+def _two_sets(real: Tensor, fake: Tensor, least: int, what: str) -> tuple[Tensor, Tensor]:
+    """Both in float64. Raises ValueError unless they are finite features [N,d] of one d, `least` or more of each."""
+    if not (real.ndim == fake.ndim == 2 and real.shape[1] == fake.shape[1] > 0):
+        raise ValueError(f"{what} compares features [N,d] of one d, got {list(real.shape)} and {list(fake.shape)}")
+    if min(len(real), len(fake)) < least:
+        raise ValueError(f"{what} needs at least {least} images on each side")
+    if not bool(real.isfinite().all() and fake.isfinite().all()):
+        raise ValueError(f"{what} got features that are not finite; look at the images and at the network that made them")
+    return real.double(), fake.double()
+
+
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """‖μ−μ'‖² + tr(Σ + Σ' − 2(ΣΣ')^½) of two feature sets [N,d] (Heusel et al. 2017, eq. 6).
 
     Biased upwards by about c/N, c of the order of tr Σ to d·tr Σ/4: compare at equal N only.
     """
-    if min(len(real), len(fake)) < 2:
-        raise ValueError("a Fréchet distance needs at least two images on each side")
-    real, fake = real.double(), fake.double()
+    real, fake = _two_sets(real, fake, 2, "a Fréchet distance")
     a, b = real.T.cov(), fake.T.cov()
     root = torch.linalg.eigvals(a @ b).sqrt().real.sum()  # the trace of the matrix root
     return float((real.mean(0) - fake.mean(0)).pow(2).sum() + a.trace() + b.trace() - 2 * root)
@@ -143,15 +152,14 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
         diagonal = ((a.pow(2).sum(1) / a.shape[1] + 1) ** 3).sum()
         return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
 
-    real, fake = real.double(), fake.double()
+    real, fake = _two_sets(real, fake, 2, "a kernel distance")
     return float(within(real) + within(fake) - 2 * total(real, fake) / (len(real) * len(fake)))
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Share of fakes inside the real manifold, and of reals inside the fake one; manifold = balls to the k-th neighbour
     (Kynkäänniemi et al. 2019, eq. 1–2)."""
-    if min(len(real), len(fake)) <= k:
-        raise ValueError(f"precision and recall need more than {k} images on each side")
+    real, fake = (v.float() for v in _two_sets(real, fake, k + 1, "precision and recall"))
 
     def covered(points: Tensor, manifold: Tensor) -> float:
         own = [torch.cdist(part, manifold).kthvalue(k + 1, dim=1).values for part in manifold.split(BLOCK)]

@@ -153,8 +153,11 @@ def onnx(f: nn.Module, inputs: Inputs) -> bytes:
     return model.model_proto.SerializeToString()
 
 
-def read_onnx(path: Path) -> Network:
-    """The function of an ONNX file in ONNX Runtime, on a GPU where its package has one, with as many threads as torch's."""
+def read_onnx(path: Path, tensorrt: bool = False) -> Network:
+    """The function of an ONNX file in ONNX Runtime, on a GPU where its package has one, with as many threads as torch's.
+
+    `tensorrt` puts ONNX Runtime's TensorRT provider first, which builds engines for the batch sizes that it meets.
+    """
     need("onnxruntime")
     import onnxruntime
 
@@ -162,7 +165,8 @@ def read_onnx(path: Path) -> Network:
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
     there = onnxruntime.get_available_providers()
-    providers = [p for p in ("CUDAExecutionProvider", "CPUExecutionProvider") if p in there]
+    wanted = ["TensorrtExecutionProvider"] * tensorrt + ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    providers = [p for p in wanted if p in there]
     session = onnxruntime.InferenceSession(str(path), options, providers)
     return lambda x, t: torch.from_numpy(session.run(None, {"x": x.numpy(), "t": t.numpy()})[0])
 

@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,16 @@ from cmlib.files import write_atomically
 from cmlib.report import FIGURE, PAGE
 from cmlib.submissions import GradedExercise
 
+TAGS = (
+    "a b blockquote br code del details div em h1 h2 h3 h4 h5 h6 hr i img li ol p pre span strong sub summary sup"
+    " table tbody td th thead tr ul"
+)
+SAFE = {
+    "href": r"(https?|mailto):.*",
+    "src": r"data:image/(png|jpeg|gif|webp);base64,[\w+/=\s]*",
+    "alt": r".*",
+    "class": r"[\w -]*",
+}
 MANUAL = ("learner", "exercise", "line", "max", "points", "comment")
 Row = dict[str, Any]
 
@@ -59,6 +70,7 @@ def begin(out: Path, known: Mapping[str, GradedExercise]) -> None:
 
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # nbgrader calls alembic by its name
     lines = [f"c.CourseDirectory.root = {str(out.resolve())!r}", 'c.CourseDirectory.course_id = ""']
+    lines.append(f"c.HTMLExporter.filters = {{'markdown2html': '{harmless.__module__}.{harmless.__name__}'}}")
     text = "\n".join(["c = get_config()", *lines, ""])
     (out / "source").mkdir(exist_ok=True)
     write_atomically(out / "nbgrader_config.py", lambda file: file.write(text.encode()))
@@ -69,6 +81,17 @@ def begin(out: Path, known: Mapping[str, GradedExercise]) -> None:
             SaveCells().preprocess(exercise.student, resources(out, name))
         except RuntimeError as error:
             raise ValueError(f"{name} has other cells than when {out} was begun; give another --out") from error
+
+
+def harmless(markdown: str) -> str:
+    """A learner's Markdown as HTML that runs nothing: no script, no handler, links to the web and embedded pictures alone."""
+    from bleach import clean
+    from nbconvert.filters import markdown2html
+
+    def kept(tag: str, name: str, value: str) -> bool:
+        return name in SAFE and bool(re.fullmatch(SAFE[name], value, re.S))
+
+    return clean(markdown2html(markdown), TAGS.split(), kept, protocols=["http", "https", "mailto", "data"])
 
 
 def record(out: Path, result: Result) -> None:
@@ -181,6 +204,7 @@ def feedback(out: Path, result: Result) -> None:
     setting.HTMLExporter.extra_template_basedirs = [str(formgrader / "templates")]
     setting.HTMLExporter.extra_template_paths = [str(formgrader / "static/node_modules/bootstrap/dist/css")]
     setting.HTMLExporter.preprocessors = [GetGrades]
+    setting.HTMLExporter.filters = {"markdown2html": harmless}
     page, _ = HTMLExporter(config=setting).from_filename(
         str(autograded(out, result)), resources=resources(out, result.exercise, result.learner)
     )

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -34,7 +34,10 @@ from cmlib.submissions import HIDDEN, GradedExercise, Submission, collect, exerc
 LARGEST = 16_000_000  # bytes of a value
 ALIKE = 0.8  # share of common runs above which two submissions are flagged
 ONE_BY_ONE = threading.Lock()  # loading a model patches torch for all threads
-READ_ME = re.compile(r"EXERCISES|\.reference\b|CMLIB_GRADING|HandIn\b|os\._exit|\b(?:subprocess|socket|ctypes|gradebook)\b")
+READ_ME = re.compile(
+    r"EXERCISES|\.reference\b|persona\d\._\w+|(?:from|import) cmlib\S*|CMLIB_GRADING|HandIn\b|os\._exit"
+    r"|\b(?:subprocess|socket|ctypes|gradebook)\b"
+)
 
 
 # ---- one submission
@@ -82,11 +85,18 @@ def typed(notebook: NotebookNode) -> str:
 
 
 def grade_one(
-    submission: Submission, theirs: NotebookNode, exercise: GradedExercise, seed: int, out: Path, names: Mapping[str, str]
+    submission: Submission,
+    theirs: NotebookNode,
+    exercise: GradedExercise,
+    seed: int,
+    out: Path,
+    names: Mapping[str, str],
+    hidden: Sequence[Path],
 ) -> Result:
     """Run one submission with a seed that its author has never seen, and write the notebook that nbgrader shows.
 
-    `names` are the names typed into everybody's notebooks: values that are right for their seeds alone are flagged.
+    `names` are the names typed into everybody's notebooks: values that are right for their seeds alone are flagged;
+    `hidden` are the places that the submission must not see.
     """
     begin = time.monotonic()
     notebook, notes = merge(theirs, exercise)
@@ -103,7 +113,7 @@ def grade_one(
             [sys.executable, "-m", "cmlib.runner", limits.told()],
             folder,
             limits,
-            hidden=[sandbox.ROOT / "notebooks", exercise.folder.resolve(), out.resolve()],
+            hidden=hidden,
             extra={SEED: str(seed), FOLDER: f"{folder}/handed"},
         )
         handed = values(folder / "handed")
@@ -127,7 +137,7 @@ def grade_one(
                 if not verdict(test, Work(seed_of(exercise.name, name), handed)):
                     whose = "the learner's own" if learner == submission.learner else f"{learner}'s"
                     result.flags.append(f"{line} is hard-coded: it is right for {whose} seed, not for the grader's")
-    _write_graded(notebook, result, exercise, out)
+    _write_graded(notebook, result, out)
     result.seconds = time.monotonic() - begin
     return result
 
@@ -142,14 +152,13 @@ def _executed(path: Path) -> list[NotebookNode]:
         return []
 
 
-def _write_graded(notebook: NotebookNode, result: Result, exercise: GradedExercise, out: Path) -> None:
-    """The notebook with verdicts as outputs, its HTML made harmless, where nbgrader looks for it."""
+def _write_graded(notebook: NotebookNode, result: Result, out: Path) -> None:
+    """The notebook with verdicts as outputs, its other outputs made harmless, where nbgrader looks for it."""
     from nbconvert.preprocessors.sanitize import SanitizeHTML
 
-    originals = {c.source for c in exercise.student.cells}
     for k, cell in enumerate(notebook.cells):
         info = cell.metadata.get("nbgrader", {})
-        if cell.cell_type == "code" or cell.source not in originals:
+        if cell.cell_type == "code":  # Markdown is made harmless where it becomes HTML
             SanitizeHTML().preprocess_cell(cell, {}, k)
         if info.get("grade") and not info.get("solution"):
             wrong = result.lines[info["grade_id"]]
@@ -179,21 +188,31 @@ def grade(source: Path, folder: Path, out: Path) -> dict[str, Any]:
     (out / "state").mkdir(parents=True, exist_ok=True)
     gradebook.begin(out, known)
     merged = gradebook.merge_manual(out, known)
-    read, results = _sort(submissions, known)
+    read, lost = _sort(submissions, known)
     salt = out / "state" / "salt"
     if not salt.exists():
         write_atomically(salt, lambda file: file.write(secrets.token_hex(16).encode()))
-    results += (fresh := _run(read, known, out, salt.read_text()))[0]
+    hidden = [path.resolve() for path in (sandbox.ROOT / "notebooks", sandbox.ROOT / ".git", folder, out, source)]
+    results, fresh = _run(read, known, out, salt.read_text(), hidden)
+    by = {(r.learner, r.exercise): r for r in results}
+    for result in lost:
+        if other := by.get((result.learner, result.exercise)):
+            other.notes += result.notes
+        else:
+            results.append(result)
     pairs = _compare(read, known, results)
     gradebook._write(out / "similarity.csv", ["exercise", "learner_a", "learner_b", "kind", "share", "flagged"], pairs)
-    rows = gradebook.tables(out, results, known)
     for result in results:
         if result.graded:
-            gradebook.feedback(out, result)
+            try:
+                gradebook.feedback(out, result)
+            except Exception as error:  # one page never stops the others
+                result.notes.append(f"there is no feedback page for it ({type(error).__name__}: {error})")
+    rows = gradebook.tables(out, results, known)
     graded = [r for r in results if r.graded]
     promise = f"{isolation}: {sandbox.PROMISES[isolation]}"
     lead = (
-        f"{len(results)} submissions, {len(graded)} graded, {fresh[1]} of them in this run, {merged} rows of manual.csv taken"
+        f"{len(results)} submissions, {len(graded)} graded, {fresh} of them in this run, {merged} rows of manual.csv taken"
         f" over, {sum(bool(r['to grade']) for r in rows)} wait for a person. Isolation: {promise}."
     )
     gradebook.summary(out, rows, known, lead, pairs)
@@ -216,19 +235,21 @@ def _sort(submissions: list[Submission], known: dict[str, GradedExercise]) -> tu
         try:
             notebook = None if submission.data is None else parse(submission.data)
         except ValueError as error:
-            submission.notes.append(f"{submission.file}: {error}")
+            submission.notes.append(f"{error}: {submission.file}")
         name = recognise(submission, notebook, known)
         if notebook is None or not name:
-            notes = submission.notes or [f"{submission.file}: belongs to none of {', '.join(known)}"]
+            notes = submission.notes or [f"belongs to none of {', '.join(known)}: {submission.file}"]
             lost.append(Result(submission.learner, name or "unknown", notes=notes))
             continue
         if older := read.get((submission.learner, name)):
             submission.notes.append(f"handed in more than once; {submission.file} is graded, {older[0].file} is not")
         read[submission.learner, name] = submission, notebook
-    return read, [r for r in lost if (r.learner, r.exercise) not in read]
+    return read, lost
 
 
-def _run(read: dict, known: dict[str, GradedExercise], out: Path, salt: str) -> tuple[list[Result], int]:
+def _run(
+    read: dict, known: dict[str, GradedExercise], out: Path, salt: str, hidden: Sequence[Path]
+) -> tuple[list[Result], int]:
     """Results of all, those of an earlier run where nothing has changed, and how many are new."""
     results, todo = [], []
     for (learner, name), (submission, notebook) in read.items():
@@ -245,7 +266,7 @@ def _run(read: dict, known: dict[str, GradedExercise], out: Path, salt: str) -> 
             results.append(old)
         else:
             names = {own: who for (who, what), (_, n) in read.items() if what == name and (own := typed(n))}
-            todo.append((path, key, (submission, notebook, known[name], seed, out, names)))
+            todo.append((path, key, (submission, notebook, known[name], seed, out, names, hidden)))
     sandbox.STOP.clear()
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
         jobs = {pool.submit(_safely, *arguments): (path, key) for path, key, arguments in todo}
@@ -291,7 +312,7 @@ def _compare(read: dict, known: dict[str, GradedExercise], results: list[Result]
             by[learner, name].flags.append(f"{kind} like {others[0]}'s{more}")
         seeds = {learner: seed_of(name, typed(notebook)) for learner, notebook in mine.items() if typed(notebook)}
         for learner, notebook in mine.items():
-            shown = {int(s) for c in notebook.cells for s in re.findall(r"seed (\d+)", json.dumps(c.get("outputs", [])))}
+            shown = {int(s) for c in notebook.cells for s in re.findall(r"seed (\d{1,10})\b", json.dumps(c.get("outputs", [])))}
             for other, seed in seeds.items():
                 if other != learner and seed == seeds.get(learner):
                     by[learner, name].flags.append(f"has the same name typed in as {other}")

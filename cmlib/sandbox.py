@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,10 +83,11 @@ def _bubblewrap(folder: Path, hidden: Sequence[Path]) -> list[str]:
 
 
 def _unshare(folder: Path, hidden: Sequence[Path]) -> list[str]:
-    cover = 'for p in $COVER; do mount -t tmpfs -o size=4k,ro none "$p" || exit 9; done; exec "$@"'
+    empty = 'if [ -d "$p" ]; then mount -t tmpfs -o size=4k,ro none "$p"; else mount --bind /dev/null "$p"; fi'
+    cover = f'for p in $COVER; do {empty} || exit 9; done; exec "$@"'
     user = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
     spaces = ["--net", "--pid", "--mount", "--ipc", "--fork", "--kill-child", "--mount-proc"]
-    covered = "IFS=:; COVER='" + ":".join(str(p) for p in hidden if p.is_dir()) + "'; "
+    covered = f"IFS=:; COVER={shlex.quote(':'.join(str(p) for p in hidden if p.exists()))}; "
     return ["unshare", *user, *spaces, "sh", "-c", covered + cover, "sh", *_dropped(folder)]
 
 
@@ -123,7 +125,7 @@ def run(
 ) -> str:
     """Run `command` in `folder`, its own and the only place that it may write to; empty, or why it did not end well.
 
-    `hidden` are folders that it must not see, `extra` is added to an environment of its own. What it prints is lost.
+    `hidden` are places that it must not see, `extra` is added to an environment of its own. What it prints is lost.
     """
     folder = folder.resolve()
     user = 61_000 + next(USERS) % 4_000  # one each, since the kernel counts processes by user
@@ -191,8 +193,8 @@ def _used(process: psutil.Process) -> tuple[float, int]:
 def _size(folder: Path, enough: int) -> int:
     """Bytes under `folder`; stops counting beyond `enough`."""
     total = 0
-    for where, _, names in os.walk(folder):
-        for name in names:
+    for where, folders, names in os.walk(folder):
+        for name in (*folders, *names):
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(where, name)).st_size + 4096
             if total > enough:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+import unicodedata
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +22,8 @@ MARK = re.compile(r"@(answer|graded|locked) (\w+)")
 HIDDEN = re.compile(r"^### BEGIN HIDDEN TESTS\n(.*?)^### END HIDDEN TESTS", re.M | re.S)
 MOODLE = re.compile(r"(.+?_\d+)_assignsubmission_[a-z]+_(.*)")
 CANVAS = re.compile(r"([^_]+)(?:_LATE)?(_\d+)_\d+_(.+)")
-LARGEST = 20_000_000  # bytes of a notebook
+LARGEST, MOST = 20_000_000, 1_000  # bytes and cells of a notebook
+READ = 100_000  # characters of a cell in which copies are looked for
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,9 @@ class Line:
 
 @dataclass(frozen=True)
 class GradedExercise:
-    """The solved notebook with its hidden tests, the folder it is in, what learners get, and the rubric."""
+    """The solved notebook with its hidden tests, what learners get, and the rubric."""
 
     name: str
-    folder: Path
     solved: NotebookNode
     student: NotebookNode
     lines: list[Line]
@@ -76,7 +79,7 @@ def exercises(folder: Path) -> dict[str, GradedExercise]:
             for cell in solved.cells
             if (info := cell.metadata.get("nbgrader", {})).get("grade")
         ]
-        found[path.stem] = GradedExercise(path.stem, folder, solved, student_version(solved), lines)
+        found[path.stem] = GradedExercise(path.stem, solved, student_version(solved), lines)
     if not found:
         raise ValueError(f"no solved exercises in {folder}; give their folder with --exercises")
     return found
@@ -89,11 +92,14 @@ def collect(source: Path) -> list[Submission]:
     """Submissions in a folder or zip: `<learner>/x.ipynb`, or the names that Moodle and Canvas export. Raises ValueError."""
     found: list[tuple[Path, int, Any, bytes | None]] = []
     if source.is_file() and zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as archive:
-            for info in archive.infolist():
-                if not info.is_dir():
-                    read = archive.read(info) if info.file_size <= LARGEST and info.filename.endswith(".ipynb") else None
-                    found.append((Path(info.filename), info.file_size, info.date_time, read))
+        try:
+            with zipfile.ZipFile(source) as archive:
+                for info in archive.infolist():
+                    if not info.is_dir():
+                        read = archive.read(info) if info.file_size <= LARGEST and info.filename.endswith(".ipynb") else None
+                        found.append((Path(info.filename), info.file_size, info.date_time, read))
+        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            raise ValueError(f"{source} is damaged or has a password ({error}); unpack it and give the folder") from error
     elif source.is_dir():
         for path in sorted(p for p in source.rglob("*") if p.is_file() and not p.is_symlink()):
             stat = path.stat()
@@ -110,9 +116,8 @@ def collect(source: Path) -> list[Submission]:
         submission = Submission(learner, name, data, order)
         if data is None:
             large = size > LARGEST and path.suffix == ".ipynb"
-            submission.notes.append(
-                f"{name}: larger than {LARGEST // 10**6} MB, not read" if large else f"not a notebook: {name}"
-            )
+            why = f"larger than {LARGEST // 10**6} MB, not read" if large else "not a notebook"
+            submission.notes.append(f"{why}: {name}")
         submissions.append(submission)
     whole = {s.learner for s in submissions if s.data is not None}
     kept = [s for s in submissions if s.data is not None or s.learner not in whole]  # beside a notebook, other files are data
@@ -122,7 +127,8 @@ def collect(source: Path) -> list[Submission]:
 
 
 def whose(path: Path) -> tuple[str, str]:
-    """Learner and file name of a path inside the folder of submissions."""
+    """Learner and file name of a path inside the folder of submissions, with no letters that a table or a disk trips over."""
+    path = Path(unicodedata.normalize("NFC", str(path)))  # a Mac writes é as two letters
     first = path.parts[0]
     if found := MOODLE.fullmatch(first):
         learner, name = found[1], found[2] if len(path.parts) == 1 else path.name
@@ -132,7 +138,7 @@ def whose(path: Path) -> tuple[str, str]:
         learner, name = found[1] + found[2], found[3]
     else:
         learner, name = path.stem, path.name
-    return re.sub(r"[^\w.@ -]+", "_", learner).strip(" .@-") or "unnamed", name
+    return re.sub(r"[^\w.@ -]+", "_", learner).strip(" .@-") or "unnamed", re.sub(r"[^\w.@ ()-]+", "_", name)
 
 
 def recognise(submission: Submission, notebook: NotebookNode | None, known: dict[str, GradedExercise]) -> str:
@@ -155,24 +161,32 @@ def _identity(cell: NotebookNode) -> str:
 
 
 def parse(data: bytes) -> NotebookNode:
-    """A notebook's cells with their text and outputs, nothing else of it. Raises ValueError."""
+    """A notebook's cells with their text, pictures and outputs, nothing else of it. Raises ValueError."""
     try:
-        raw = nbformat.reads(data.decode("utf-8-sig"), 4)
+        text = json.loads(data)
+        if len(text["cells"]) > MOST:
+            raise OverflowError(f"more than {MOST} cells")
+        valid = json.dumps(text, ensure_ascii=False).encode(errors="replace").decode()  # half a surrogate is no letter
+        raw = nbformat.reads(valid, 4)
         cells = []
         for cell in raw.cells:
             make = nbformat.v4.new_markdown_cell if cell.cell_type == "markdown" else nbformat.v4.new_code_cell
             new = make(str(cell.source))
+            for name, kinds in cell.get("attachments", {}).items():  # a picture that was pasted in
+                for kind, picture in kinds.items():
+                    new.source = new.source.replace(f"attachment:{name}", f"data:{kind};base64,{picture}")
             if isinstance(info := cell.metadata.get("nbgrader"), dict):
                 new.metadata.nbgrader = {"grade_id": info.get("grade_id")}
             if cell.cell_type == "code":
                 outputs = [o for o in cell.outputs if o.output_type in ("stream", "display_data", "execute_result", "error")]
-                new.outputs = nbformat.from_dict(outputs)
+                new.outputs = nbformat.from_dict([{**o, "metadata": {}} if "metadata" in o else o for o in outputs])
                 nbformat.validate(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=new.outputs)]))
             if cell.cell_type in ("markdown", "code"):
                 cells.append(new)
         return nbformat.v4.new_notebook(cells=cells)
     except Exception as error:  # whatever a damaged file may raise
-        raise ValueError(f"not a notebook that can be read ({type(error).__name__})") from error
+        why = error if isinstance(error, OverflowError) else type(error).__name__
+        raise ValueError(f"not a notebook that can be read ({why})") from error
 
 
 def merge(theirs: NotebookNode, exercise: GradedExercise) -> tuple[NotebookNode, list[str]]:
@@ -198,6 +212,9 @@ def merge(theirs: NotebookNode, exercise: GradedExercise) -> tuple[NotebookNode,
             cells += waiting
             waiting = []
         written = [c for c in mine if c.source.strip() != original.source.strip()]
+        if answer and not written and cell.cell_type == "markdown":  # some answer in a cell of their own, below
+            written = [original, *(c for c in added[k] if c.cell_type == "markdown")]
+            added[k] = [c for c in added[k] if c.cell_type != "markdown"]
         if mine and cell.cell_type == "code" == mine[0].cell_type:
             cell.outputs = mine[0].outputs
         if name and not mine:
@@ -235,8 +252,8 @@ def similar(exercise: GradedExercise, answers: dict[str, NotebookNode]) -> Itera
 
 def _runs(source: str, kind: str, n: int, vocabulary: set[str]) -> set[tuple[str, ...]]:
     if kind == "text":
-        words = re.findall(r"\w+", source.casefold())
+        words = re.findall(r"\w+", source[:READ].casefold())
     else:
-        words = re.findall(r"\w+|[^\w\s]", re.sub(r"#.*", "", source))
+        words = re.findall(r"\w+|[^\w\s]", re.sub(r"#.*", "", source[:READ]))
         words = [w if w in vocabulary or not w[0].isalpha() else "name" for w in words]
     return set(zip(*(words[k:] for k in range(n)), strict=False))

@@ -18,7 +18,7 @@ from cmlib.consistency import ConsistencyFunction, c_noise
 from cmlib.files import write_atomically
 from cmlib.ops import expand_like
 from cmlib.process import DDPM, EDM, ode_step
-from cmlib.unet import UNet
+from cmlib.unet import UNet, check_images
 
 RHO = 100.0  # of a student's sampling grid; on digits the second of two evaluations works best near σ = 1, not at ρ = 7's 4.4
 SOLVERS = ("posterior_mean", "ancestral", "ddim", "heun")
@@ -185,6 +185,7 @@ class Teacher:
         `ddim` with k steps is DDIM-k; `ancestral` with T steps is DDPM-T and takes its noise from `draw(k)`, k = 0 … With
         `path`, all states [steps+1,B,C,H,W] in EDM coordinates, first the noise and last the image.
         """
+        check_images(self.unet, noise)
         levels = [*self.process.grid(steps).flip(0).tolist(), -1]
         x, states = noise.to(self.device), []
         for k, (n, r) in enumerate(zip(levels, levels[1:], strict=False)):

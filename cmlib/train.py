@@ -149,6 +149,14 @@ def _share(batch: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Te
     return {k: v[rank::world].to(device) for k, v in batch.items()}, ranks.rows(mine, whole), mine * world / whole
 
 
+def _accelerator(precision: str) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()  # it is global, and refuses a second precision in one process
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+
+
 def fit(
     model: nn.Module,
     objective: Any,
@@ -182,16 +190,14 @@ def fit(
     the gradient is the whole batch's. All ranks call `on_every`, and the first one's metrics count.
     Raises FloatingPointError with the step at the first non-finite loss; the last good checkpoint stays.
     """
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
+    if min(steps, every) < 1 or not 0 <= lr < float("inf"):
+        raise ValueError(f"steps and every must be at least 1 and lr finite, got {steps}, {every} and {lr}")
     if getattr(objective, "steps", steps) != steps:
         raise ValueError(f"the objective's curriculum is {objective.steps} steps long, the run {steps}; give both the same")
     settings = {"objective": options(objective), "steps": steps, "lr": lr, "optimizer": optimizer}
     settings |= {"weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "ema": ema, "grad_clip": grad_clip}
     settings |= {"seed": seed, "precision": precision, **(provenance or {})}
-    AcceleratorState._reset_state()  # it is global, and refuses a second precision in one process
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    accelerator = _accelerator(precision)
     ranks.alike(model.to(accelerator.device))  # before the averages copy it
     run = _Run(model, objective.mu, ema, optimizer, lr, weight_decay, settings)
     run.scaler = accelerator.scaler
@@ -233,4 +239,6 @@ def fit(
                 run.save(checkpoint)
             if stop and stop(run.history):
                 break
+    if not run.history:
+        raise ValueError(f"the stream of batches ended before step {every} of {steps}; there was nothing to train on")
     return run.average.model, run.history

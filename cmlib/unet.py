@@ -135,6 +135,15 @@ class Block(nn.Module):
         return self.attentions[i](x) if i < len(self.attentions) else x
 
 
+def check_images(net: Any, x: Tensor) -> None:
+    """Raises ValueError where `net` is a `UNet` and x no floating-point batch [B,C,H,W] that it takes."""
+    if not isinstance(net, UNet):
+        return
+    wanted = [net.config["in_channels"], net.config["sample_size"], net.config["sample_size"]]
+    if not x.is_floating_point() or list(x.shape[1:]) != wanted:
+        raise ValueError(f"the network takes floats of shape [B, {str(wanted)[1:]}, got {x.dtype} {list(x.shape)}")
+
+
 class UNet(nn.Module):
     """F(x, t): ε-prediction in a DDPM teacher, the raw network of a consistency function in a student.
 

@@ -1,0 +1,152 @@
+"""The page as a folder of static files: the student in the visitor's own browser, its examples, and the teacher's walks."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cmlib import data, export, pipeline
+from cmlib.consistency import ConsistencyFunction
+from cmlib.files import sha256, write_atomically, write_json
+from cmlib.ops import indexed_normal
+from cmlib.teacher import Teacher
+
+PAGE = Path(__file__).resolve().parent / "page"
+CDN = "https://cdn.jsdelivr.net/npm/onnxruntime-web@1.30.0/dist/"
+RUNTIME = {  # what the page loads of onnxruntime-web 1.30.0, by where it runs, with its integrity
+    "wasm": {
+        "ort.wasm.bundle.min.mjs": "sha384-PLWz+nHEVHpjwBsO0YVdvQj6n5814Iv8E3b8FG0Rp/uIAtjFMCKOpP66iPzedrIG",
+        "ort-wasm-simd-threaded.wasm": "sha384-vjBJ1z7qrhkTyYsNqKeF6c7N+nOJSU94czEo+tvZcu8G75JparGq9kB+kTnEUNVM",
+    },
+    "webgpu": {
+        "ort.webgpu.bundle.min.mjs": "sha384-1ntMeyj+z5diX6vBR5h+zlJBPc4iNvhCxE6nlammh8daBYcLBZkzrwDkuJjhwI+f",
+        "ort-wasm-simd-threaded.asyncify.wasm": "sha384-EPVDLTxuO663dkZO/pcKJF6vOyyfq/5z9FY1oksN0UWFX2ABH4wDDZQHeNoUleWR",
+    },
+}
+EXAMPLES, LEVELS, LOWEST = 10, 20, 0.05  # images, noise levels on the slider, and the lowest of them: below, nothing shows
+
+
+def write(
+    folder: Path, dataset: str, student: Path, teacher: str | Path | None = None, assets: Path | None = None
+) -> dict[str, Any]:
+    """Write or renew the page in `folder` with `student`, a checkpoint or what `cmlib export --format onnx` wrote.
+
+    Several data sets can share a folder: each gets `page/<its name>`, and the page offers them all. `teacher` defaults to the
+    shipped one, if there is one; `assets` is a folder with onnxruntime-web's files, for use without a network. Returns the
+    model's entry in the page's settings. Raises ValueError.
+    """
+    name = Path(dataset).name
+    model = folder / "page" / name
+    told, runtime = place(student, model), bring(assets, folder / "page")
+    shape = tuple(told["inputs"]["x"]["shape"][1:])
+    images, labels = data.load(dataset, "test")
+    if tuple(images.shape[1:]) != shape:
+        raise ValueError(f"{student} makes images {shape}, {dataset}'s are {tuple(images.shape[1:])}; give its own --dataset")
+    order = range(len(images)) if labels is None else [int((labels == k).nonzero()[0]) for k in labels.unique()]
+    images = images[list(order)[:EXAMPLES]]
+    levels = noise_grid(told)
+    if teacher is None and pipeline.shipped(f"{name}_teacher").exists():
+        teacher = f"{name}_teacher"
+    walker = None if teacher is None else pipeline.load_teacher(str(teacher), shape)
+    entry = {"name": name, "shape": list(shape), "levels": levels, "examples": len(images), "sampling": told["sampling"]}
+    entry |= {"file": told["file"], "teacher": walker and walker.hash(), "images": data.fingerprint(images)}
+    if not (model / "page.json").exists() or json.loads((model / "page.json").read_text()) != entry:
+        write_atomically(model / "examples.bin", images.numpy().tofile)
+        if walker is not None:
+            write_atomically(model / "walks.bin", teacher_walks(walker, images, levels).numpy().tofile)
+        write_json(model / "page.json", entry)
+    for path in PAGE.iterdir():
+        target = folder if path.name == "index.html" else folder / "page"
+        shutil.copyfile(path, target / path.name)
+    entries = [json.loads(path.read_text()) for path in sorted((folder / "page").glob("*/page.json"))]
+    write_json(folder / "page" / "settings.json", {"runtime": runtime, "files": RUNTIME, "models": entries})
+    return entry
+
+
+def place(student: Path, folder: Path) -> dict[str, Any]:
+    """Put the ONNX model and its metadata into `folder`, unless they are there, and run it once. Returns the metadata."""
+    if student.is_dir():
+        told = described(student)
+        folder.mkdir(parents=True, exist_ok=True)
+        if student.resolve() != folder.resolve():
+            shutil.copyfile(student / told["file"], folder / told["file"])
+            write_json(folder / "metadata.json", told)
+    else:
+        f = ConsistencyFunction.load(student)
+        try:
+            before = described(folder)
+        except ValueError:
+            before = {}
+        if (before.get("weights_sha256"), before.get("precision")) != (export.weights_sha256(f), "fp32"):
+            export.save(f, folder, "onnx")
+    told = described(folder)
+    shape, sigma = told["inputs"]["x"]["shape"][1:], told["inputs"]["t"]["max"]
+    try:
+        made = export.load(folder)(torch.zeros(2, *shape), torch.full((2,), sigma))
+    except Exception as error:  # ONNX Runtime's own types
+        raise ValueError(f"ONNX Runtime cannot run {student}: {error}") from error
+    if made.shape != (2, *shape) or not bool(made.isfinite().all()):
+        raise ValueError(f"{student} makes no images {tuple(shape)}, as its metadata say, or not finite ones")
+    return told
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """The metadata of an ONNX export. Raises ValueError where there are none, or the model is not the one they describe."""
+    try:
+        told = json.loads((folder / "metadata.json").read_bytes())
+        known = (told["format"], told["file"], told["sampling"]["sigmas"]["2"], told["inputs"]["t"]["max"])
+        whole = sha256(folder / known[1]) == told["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no export that cmlib can read ({type(error).__name__})") from error
+    if known[0] != "onnx":
+        raise ValueError(f"{folder} holds {known[0]}; what is served is `cmlib export --format onnx`")
+    if not whole:
+        raise ValueError(f"{folder / known[1]} is not what its metadata describe: damaged, or its export was interrupted")
+    return told
+
+
+def bring(assets: Path | None, page: Path) -> str:
+    """Where the page finds onnxruntime-web: the CDN, or the copies of `assets`' files that this makes, checked."""
+    if assets is None:
+        return CDN
+    (page / "runtime").mkdir(parents=True, exist_ok=True)
+    for name, integrity in {**RUNTIME["wasm"], **RUNTIME["webgpu"]}.items():
+        if not (assets / name).is_file():
+            raise ValueError(f"{assets} lacks {name}; it is in dist/ of what `npm pack onnxruntime-web@1.30.0` brings")
+        digest = hashlib.sha384((assets / name).read_bytes()).digest()
+        if integrity != "sha384-" + base64.b64encode(digest).decode():
+            raise ValueError(f"{assets / name} is not that of onnxruntime-web 1.30.0")
+        shutil.copyfile(assets / name, page / "runtime" / name)
+    return "runtime/"
+
+
+def noise_grid(told: dict[str, Any]) -> list[float]:
+    """The slider's levels σ, ascending, even in ln σ."""
+    lo, hi = max(told["inputs"]["t"]["min"], LOWEST), told["inputs"]["t"]["max"]
+    return torch.logspace(math.log10(lo), math.log10(hi), LEVELS, dtype=torch.float64).tolist()
+
+
+@torch.no_grad()
+def teacher_walks(teacher: Teacher, images: Tensor, levels: list[float]) -> Tensor:
+    """The teacher's DDIM walk down `levels` from every level of every uint8 image [N,C,H,W] with the noise of seed 0.
+
+    Row k(k+1)/2 + j of an image is where the walk from level k is after j + 1 of its k + 1 steps, as x/√(1+σ²): uint8
+    [N, K(K+1)/2, C, H, W].
+    """
+    x0 = data.to_float(images).to(teacher.device)
+    noise = indexed_normal(0, [0], x0.shape[1:]).to(teacher.device)
+    rows = []
+    for k in range(len(levels)):
+        x = x0 + levels[k] * noise
+        for t, r in zip(levels[k::-1], [*levels[:k][::-1], 0.0], strict=True):
+            x = teacher.ode_step(x, x.new_full((len(x),), t), x.new_full((len(x),), r))
+            rows.append(data.to_uint8(x / math.sqrt(1 + r**2)).cpu())
+    return torch.stack(rows, 1)

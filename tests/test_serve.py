@@ -1,0 +1,440 @@
+"""Every promise of the server, against a real one: the shipped student, and a stand-in that is slow or wrong on demand."""
+
+import concurrent.futures
+import hashlib
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from cmlib import data, export, formats
+from cmlib.cli import main
+from cmlib.consistency import ConsistencyFunction, sample
+from cmlib.files import sha256, write_json
+from cmlib.ops import indexed_normal
+
+bentoml = pytest.importorskip("bentoml", reason="pip install -e '.[serve]'")
+
+DIGITS = Path(__file__).resolve().parent.parent / "data" / "digits_student.safetensors"
+TOLERANCE = 1e-4  # of an image's pixels, in [-1, 1], alone or in any batch
+SLOW, WRONG = 100.0, 13.0  # the stand-in's levels: above the first it takes its time, near the second it gives NaN
+
+
+# ---- the servers
+
+
+class Server:
+    """`cmlib serve` in a process, and requests to it."""
+
+    def __init__(self, student, out, *options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = out / "log.txt"
+        command = [sys.executable, "-m", "cmlib", "serve", *student, "--out", str(out), "--port", str(self.port), *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CMLIB_PROFILE": "ci"}
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self.before_ready = []
+
+    def wait(self):
+        for _ in range(3000):
+            try:
+                status, _, _ = self.get("/readyz", timeout=2)
+            except OSError:
+                status = 0
+            if status == 200:
+                return self
+            self.before_ready.append((status, status and self.post("/sample", {"seeds": [0]})[:2]))
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        raise AssertionError("not ready in minutes\n" + self.log.read_text())
+
+    def request(self, method, path, body=None, headers=None, timeout=60):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read()
+        finally:
+            connection.close()
+
+    def get(self, path, **options):
+        return self.request("GET", path, **options)
+
+    def post(self, path, wanted, **options):
+        return self.request("POST", path, json.dumps(wanted), {"Content-Type": "application/json"}, **options)
+
+    def arrays(self, path, **wanted):
+        status, _, body = self.post(path, {**wanted, "format": "npz"})
+        assert status == 200, body
+        return np.load(io.BytesIO(body))
+
+    def images(self, seeds, evaluations=1):
+        return torch.from_numpy(self.arrays("/sample", seeds=list(seeds), evaluations=evaluations)["images"])
+
+    def family(self):
+        parent = psutil.Process(self.process.pid)
+        return [parent, *parent.children(recursive=True)]
+
+    def worker(self):
+        return max(self.family()[1:], key=lambda p: p.memory_info().rss)
+
+    def stop(self):
+        self.process.terminate()
+        return self.process.wait(30)
+
+
+@contextmanager
+def serving(student, out, *options):
+    server = Server(student, out, *options)
+    try:
+        yield server.wait()
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return ConsistencyFunction.load(DIGITS)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The shipped student."""
+    with serving(["--checkpoint", str(DIGITS)], tmp_path_factory.mktemp("digits")) as server:
+        yield server
+
+
+def stand_in(folder, seconds):
+    """An export of f(x, t) = x/(1 + t): for t > SLOW it takes about `seconds`, for t near WRONG it is NaN."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    def model(turns):
+        constants = {"one": 1.0, "slow": SLOW, "wrong": WRONG, "half": 0.5, "nan": np.nan, "turns": float(turns)}
+        weights = [numpy_helper.from_array(np.array(v, np.float32), k) for k, v in constants.items()]
+        weights += [numpy_helper.from_array(np.eye(256, dtype=np.float32), "eye")]
+        weights += [numpy_helper.from_array(np.array([-1, 1, 1, 1]), "rows"), numpy_helper.from_array(np.array(True), "go")]
+        value = helper.make_tensor_value_info
+        body = helper.make_graph(
+            [helper.make_node("MatMul", ["state", "eye"], ["next"]), helper.make_node("Identity", ["on"], ["still"])],
+            "turn",
+            [
+                value("i", TensorProto.INT64, []),
+                value("on", TensorProto.BOOL, []),
+                value("state", TensorProto.FLOAT, [256, 256]),
+            ],
+            [value("still", TensorProto.BOOL, []), value("next", TensorProto.FLOAT, [256, 256])],
+        )
+        nodes = [
+            helper.make_node("ReduceMax", ["t"], ["highest"], keepdims=0),
+            helper.make_node("Greater", ["highest", "slow"], ["is_slow"]),
+            helper.make_node("Cast", ["is_slow"], ["times"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["times", "turns"], ["count"]),
+            helper.make_node("Cast", ["count"], ["trips"], to=TensorProto.INT64),
+            helper.make_node("Loop", ["trips", "go", "eye"], ["spun"], body=body),
+            helper.make_node("ReduceMean", ["spun"], ["mean"], keepdims=0),  # 1/256, whatever the number of turns
+            helper.make_node("Mul", ["mean", "times"], ["nothing"]),
+            helper.make_node("Sub", ["t", "wrong"], ["apart"]),
+            helper.make_node("Abs", ["apart"], ["distance"]),
+            helper.make_node("Less", ["distance", "half"], ["is_wrong"]),
+            helper.make_node("Add", ["t", "one"], ["scale"]),
+            helper.make_node("Where", ["is_wrong", "nan", "scale"], ["divisor"]),
+            helper.make_node("Reshape", ["divisor", "rows"], ["each"]),
+            helper.make_node("Div", ["x", "each"], ["quotient"]),
+            helper.make_node("Add", ["quotient", "nothing"], ["x0_hat"]),
+        ]
+        inputs = [value("x", TensorProto.FLOAT, ["batch", 1, 8, 8]), value("t", TensorProto.FLOAT, ["batch"])]
+        graph = helper.make_graph(nodes, "stand_in", inputs, [value("x0_hat", TensorProto.FLOAT, ["batch", 1, 8, 8])], weights)
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString()
+
+    def spent(turns):
+        (folder / "model.onnx").write_bytes(model(turns))
+        f, x, t = formats.read_onnx(folder / "model.onnx"), torch.zeros(1, 1, 8, 8), torch.full((1,), SLOW + 1)
+        f(x, t)
+        start = time.perf_counter()
+        f(x, t)
+        return time.perf_counter() - start
+
+    spent(int(200 * seconds / spent(200)))
+    described = export.signature(ConsistencyFunction.load(DIGITS))
+    described |= {"format": "onnx", "device": "any", "file": "model.onnx", "sha256": sha256(folder / "model.onnx")}
+    write_json(folder / "metadata.json", described)
+    return ["--onnx", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def page(server, tmp_path_factory):
+    """A folder with the page, so that a second server need not compute it."""
+
+    def copy():
+        folder = tmp_path_factory.mktemp("copy") / "out"
+        shutil.copytree(server.log.parent, folder)
+        return folder
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def knobs(page, tmp_path_factory):
+    """The stand-in, which takes half a second where it is slow, with two seconds a request and room for 96 images."""
+    student = stand_in(tmp_path_factory.mktemp("stand-in"), 0.5)
+    with serving(student, page(), "--timeout", "2", "--queue", "96") as server:
+        yield server
+
+
+def picture(body):
+    return np.asarray(Image.open(io.BytesIO(body)))
+
+
+# ---- what it computes
+
+
+def test_seeds_give_python_s_images(server, digits):
+    for k in (1, 2):
+        noise = [indexed_normal(0, [3, 2**52 + 1, 3], digits.image_shape, stream=i) for i in range(k)]
+        truth = sample(digits, noise, digits.levels(k), digits.sigma_min)
+        torch.testing.assert_close(server.images([3, 2**52 + 1, 3], k), truth, atol=TOLERANCE, rtol=0)
+    status, headers, body = server.post("/sample", {"seeds": [3, 2**52 + 1, 3], "evaluations": 2})
+    tiles = picture(body).reshape(2, 8, 2, 8).transpose(0, 2, 1, 3).reshape(4, 8, 8)
+    assert (status, headers["content-type"]) == (200, "image/png")
+    assert np.array_equal(tiles[:3], data.to_uint8(truth).squeeze(1).numpy()) and not tiles[3].any()
+    assert float(headers["server-timing"].removeprefix("model;dur=")) > 0
+
+
+def test_jump_gives_the_noisy_image_and_f_of_it(server, digits):
+    image = data.load("digits", "test", limit=1)[0]
+    wanted = {"image": image[0, 0].tolist(), "sigma": 0.8, "seed": 5}
+    x = data.to_float(image) + 0.8 * indexed_normal(0, [5], digits.image_shape)
+    with torch.no_grad():
+        truth = digits(x, torch.tensor([0.8])).clamp(-1, 1)
+    arrays = server.arrays("/jump", **wanted)
+    torch.testing.assert_close(torch.from_numpy(arrays["noisy"]), x)
+    torch.testing.assert_close(torch.from_numpy(arrays["restored"]), truth, atol=TOLERANCE, rtol=0)
+    shown = picture(server.post("/jump", wanted)[2])
+    assert shown.shape == (8, 16) and np.abs(shown[:, 8:].astype(int) - data.to_uint8(truth)[0, 0].numpy()).max() <= 1
+
+
+def test_alone_or_batched_the_same_images(server):
+    alone = torch.cat([server.images([s]) for s in range(8)])
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda s: server.images([s % 8, 100 + s, 200 + s]), range(64)))
+    for s, images in enumerate(together):
+        torch.testing.assert_close(images[:1], alone[s % 8 : s % 8 + 1], atol=TOLERANCE, rtol=0)
+    metrics = server.get("/metrics")[2].decode()
+    batches, images = (
+        float(line.split()[-1]) for name in ("count", "sum") for line in metrics.splitlines()
+        if line.startswith(f"cmlib_evaluation_images_{name}")
+    )  # fmt: skip
+    assert images / batches > 2, "requests did share evaluations"
+
+
+# ---- what it refuses
+
+
+BLACK = [[0] * 8 for _ in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/sample", {"seeds": []}, 422),
+        ("/sample", {"seeds": [0] * 65}, 422),
+        ("/sample", {"seeds": [-1]}, 422),
+        ("/sample", {"seeds": [2**53]}, 422),
+        ("/sample", {"seeds": [0.5]}, 422),
+        ("/sample", {"seeds": ["0"]}, 422),
+        ("/sample", {"seeds": [True]}, 422),
+        ("/sample", {"seeds": [float("nan")]}, 422),
+        ("/sample", {"seeds": [0], "evaluations": 3}, 422),
+        ("/sample", {"seeds": [0], "format": "gif"}, 422),
+        ("/sample", {"seeds": [0], "evaluation": 2}, 422),
+        ("/jump", {"image": BLACK, "sigma": float("inf")}, 422),
+        ("/jump", {"image": BLACK, "sigma": 1e6}, 422),
+        ("/jump", {"image": BLACK[1:], "sigma": 1.0}, 422),
+        ("/jump", {"image": [[0] * 7] * 8, "sigma": 1.0}, 422),
+        ("/jump", {"image": [[256] * 8] * 8, "sigma": 1.0}, 422),
+        ("/jump", {"image": [[[0]] * 8] * 8, "sigma": 1.0}, 422),
+        ("/sample", b"", 422),
+        ("/sample", b"\xff\xfe{", 400),
+        ("/sample", b'{"seeds": [0]', 422),
+        ("/sample", b'{"seeds": "\\ud800"}', 422),
+        ("/sample", b"[" * 10_000, 400),
+        ("/sample", b" " * 100_000, 413),
+        ("/nowhere", {}, 404),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(server, path, body, status):
+    raw = body if isinstance(body, bytes) else json.dumps(body)
+    found, _, answer = server.request("POST", path, raw, {"Content-Type": "application/json"})
+    assert found == status, answer
+    assert b"Traceback" not in answer and len(answer) < 5_000
+    assert server.request("POST", path, b"{}", {"Content-Type": "application/vnd.bentoml+pickle"})[0] in (404, 422)
+
+
+def test_a_body_without_a_length_is_capped_too(server):
+    status, _, _ = server.request("POST", "/sample", iter([b" " * 10_000] * 10), {"Content-Type": "application/json"})
+    assert status == 413
+
+
+def test_schema_holds_over_a_thousand_cases(server, tmp_path):
+    """schemathesis makes them from the server's own OpenAPI: examples, limits, violations and random ones."""
+    command = [
+        shutil.which("schemathesis", path=Path(sys.executable).parent), "run", f"http://127.0.0.1:{server.port}/openapi.json",
+        "--max-examples", "450", "--seed", "0", "--no-color", "--phases", "coverage,fuzzing", "--mode", "all",
+        "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
+        "negative_data_rejection,positive_data_acceptance,unsupported_method",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert int(re.search(r"(\d+) generated, \1 passed", done.stdout)[1]) >= 1000
+
+
+# ---- under load, and when the model fails
+
+
+def test_not_ready_until_warm(knobs):
+    """The stand-in is slow to warm up: until it has been, the server is alive, says so, and refuses work."""
+    refused = [answer for status, answer in knobs.before_ready if status == 503]
+    assert refused and all(status == 503 and headers["retry-after"] == "1" for status, headers in refused)
+    assert knobs.get("/healthz")[0] == 200
+    assert "cmlib_evaluation_seconds_count" not in knobs.get("/metrics")[2].decode(), "nothing was served before it was ready"
+
+
+def test_output_that_is_not_finite_is_an_error_and_harms_no_neighbour(knobs):
+    def jump(sigma):
+        return knobs.post("/jump", {"image": BLACK, "sigma": sigma, "seed": 1, "format": "npz"})
+
+    alone = jump(2.0)[2]
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(jump, [WRONG if k % 3 == 0 else 2.0 for k in range(24)]))
+    for k, (status, _, body) in enumerate(answers):
+        if k % 3 == 0:
+            assert status == 500 and b"not finite" in body
+        else:
+            restored = np.load(io.BytesIO(body))["restored"]
+            np.testing.assert_allclose(restored, np.load(io.BytesIO(alone))["restored"], atol=TOLERANCE)
+
+
+def test_a_full_queue_answers_429_at_once_and_recovers(knobs):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda s: knobs.post("/sample", {"seeds": list(range(40 * s, 40 * s + 40))}), range(8)))
+    statuses = [status for status, _, _ in answers]
+    assert set(statuses) <= {200, 429, 503, 504} and statuses.count(200) >= 1 and statuses.count(429) >= 4, statuses
+    assert all(headers["retry-after"] == "1" for status, headers, _ in answers if status in (429, 503))
+    time.sleep(1.5)
+    assert knobs.post("/sample", {"seeds": [0]})[0] == 200
+
+
+def test_too_slow_is_504_and_the_next_request_is_fine(knobs):
+    slow = {"seeds": [0], "evaluations": 1}
+    start = time.perf_counter()
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda k: (time.sleep(0.02 * k), knobs.post("/sample", slow))[1], range(6)))
+    assert {status for status, _, _ in answers} <= {200, 503, 504}
+    assert time.perf_counter() - start < 10
+    stalled = http.client.HTTPConnection("127.0.0.1", knobs.port, timeout=20)
+    stalled.request("POST", "/sample", iter([]), {"Content-Type": "application/json", "Content-Length": "100"})
+    assert stalled.getresponse().status == 504, "a body that never comes ends, too"
+    assert knobs.post("/jump", {"image": BLACK, "sigma": 2.0})[0] == 200
+    metrics = knobs.get("/metrics")[2].decode()
+    assert 'cmlib_request_seconds_count{endpoint="/sample",status="504"}' in metrics
+    assert "Traceback" not in knobs.log.read_text()
+
+
+def test_memory_is_flat(server):
+    """Over 2,000 requests of all kinds; `benchmarks/serve.py` does 10,000."""
+    body = json.dumps({"image": BLACK, "sigma": 1.0, "seed": 3})
+    bad = json.dumps({"image": BLACK[1:], "sigma": 1.0})
+
+    def some(count):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        for k in range(count):
+            if k % 10 == 9:
+                path, sent, status = f"/page/{k}", None, 404
+            else:
+                path, sent, status = "/jump", bad if k % 10 == 8 else body, 422 if k % 10 == 8 else 200
+            connection.request("POST" if sent else "GET", path, sent, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == status
+        connection.close()
+
+    def megabytes(count):
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(some, [count // 4] * 4))
+        return server.worker().memory_info().rss / 1e6
+
+    before, after = megabytes(400), megabytes(2_000)
+    assert after - before < 4, f"{before:.1f} MB, after 2,000 requests {after:.1f} MB"
+
+
+# ---- start and end
+
+
+def test_sigterm_answers_what_is_at_work_and_leaves_nothing(knobs):
+    """Runs last of those that use this server."""
+    family = knobs.family()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        at_work = pool.submit(knobs.post, "/sample", {"seeds": [0, 1, 2]})
+        time.sleep(0.2)
+        knobs.process.terminate()
+        status, _, body = at_work.result()
+    assert status == 200 and picture(body).shape == (16, 16)
+    assert knobs.process.wait(20) == 0
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert json.loads((knobs.log.parent / "metrics.json").read_text())["protocol.queue"] == 96
+    with pytest.raises(OSError):
+        knobs.get("/healthz")
+
+
+def refused(capsys, out, *student):
+    assert main(["serve", "--profile", "ci", "--out", str(out), *map(str, student)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("cmlib: ")
+    return lines[0]
+
+
+def test_wrong_models_are_refused_in_one_line(tmp_path, capsys):
+    good = tmp_path / "good"
+    good.mkdir()
+    stand_in(good, 0.01)
+    told = json.loads((good / "metadata.json").read_text())
+
+    def changed(model, **metadata):
+        folder = tmp_path / "bad"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(good, folder)
+        (folder / "model.onnx").write_bytes(model)
+        write_json(folder / "metadata.json", {**told, **metadata})
+        return refused(capsys, tmp_path / "out", "--onnx", folder)
+
+    model = (good / "model.onnx").read_bytes()
+    half, text = model[: len(model) // 2], b"not a model"
+    assert "damaged" in changed(half)
+    assert "ONNX Runtime cannot run" in changed(half, sha256=hashlib.sha256(half).hexdigest())
+    assert "ONNX Runtime cannot run" in changed(text, sha256=hashlib.sha256(text).hexdigest())
+    assert "cmlib export --format onnx" in changed(model, format="tensorrt")
+    assert "holds no export" in refused(capsys, tmp_path / "out", "--onnx", tmp_path)
+    assert "no checkpoint at" in refused(capsys, tmp_path / "out", "--checkpoint", tmp_path / "nowhere.pt")
+    assert "is not a consistency model" in refused(capsys, tmp_path / "out", "--checkpoint", __file__)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"cannot listen on 127.0.0.1:{port}" in refused(capsys, tmp_path / "out", "--onnx", good, "--port", port)

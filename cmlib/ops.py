@@ -41,8 +41,12 @@ def norm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def randn_like(x: Tensor, generator: Generator) -> Tensor:
-    """Standard normal noise of x's shape from the caller's CPU generator, on x's device."""
-    return torch.randn(x.shape, generator=generator).to(x.device)
+    """Standard normal noise of x's shape on x's device, from the caller's CPU generator: on a GPU from one seeded by it, as
+    a large draw on the CPU, and its way to the GPU, take longer than a training step."""
+    if x.device.type != "cpu":
+        seed = int(torch.empty((), dtype=torch.int64).random_(generator=generator))
+        generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.randn(x.shape, device=x.device, generator=generator)
 
 
 def _streams(seed: int, indices: Sequence[int] | Tensor, stream: int) -> Iterator[np.random.Generator]:

@@ -177,6 +177,7 @@ def fit(
     on_every: Callable[[int, nn.Module], dict[str, float] | None] | None = None,
     stop: Callable[[list[dict[str, float]]], bool] | None = None,
     precision: str = "no",
+    compiler: str | Callable[..., Any] | None = None,
     provenance: dict[str, Any] | None = None,
     name: str = "train",
 ) -> tuple[nn.Module, list[dict[str, float]]]:
@@ -187,7 +188,8 @@ def fit(
     ema_model)` may add metrics to the history, `stop(history)` may end the run, and `folder/checkpoint.pt` is replaced
     atomically; `resume` goes on from it and refuses one whose settings or `provenance` (data, teacher) differ.
     Under torchrun each rank takes every world-th image of a batch, with the noise that it would have in one process, and
-    the gradient is the whole batch's. All ranks call `on_every`, and the first one's metrics count.
+    the gradient is the whole batch's. All ranks call `on_every`, and the first one's metrics count. `compiler`, a backend of
+    `torch.compile` such as "inductor", compiles the network in place; what is saved and what is returned is as without.
     Raises FloatingPointError with the step at the first non-finite loss; the last good checkpoint stays.
     """
     if min(steps, every) < 1 or not 0 <= lr < float("inf"):
@@ -208,6 +210,9 @@ def fit(
             run.restore(checkpoint)
     model.zero_grad()  # whoever made it may have left gradients, as `warm_start`'s own training does
     wrapped, run.optimizer = accelerator.prepare(model.train(), run.optimizer)
+    for function in (model, run.target.model) if run.target else (model,):
+        if compiler:  # f's network alone, which teacher and students share, so that it is compiled once
+            getattr(function, "net", function).compile(backend=compiler)
     start = run.step
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=None if ranks.is_first() else True)
     losses, began = list[Tensor](), time.monotonic()

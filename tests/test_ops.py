@@ -1,6 +1,7 @@
 """Tensor operations against their formulas, and noise that depends on (seed, index) alone."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from cmlib.ops import (
     indexed_normal,
     mse,
     pseudo_huber,
+    randn_like,
     rng_state,
     seed_everything,
     set_rng_state,
@@ -77,6 +79,19 @@ def test_indexed_draws_have_the_right_distribution():
     n = indexed_integers(3, range(5000), 2, 7)
     assert n.dtype == torch.int64
     assert np.abs(np.bincount(n.numpy(), minlength=7) - [0, 0, *[1000] * 5]).max() < 5 * 1000**0.5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="draws on a GPU")
+def test_noise_on_a_gpu_is_drawn_there_and_follows_from_the_generator():
+    x = torch.empty(1000, device="cuda")
+
+    def draws(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [randn_like(x, generator) for _ in range(2)]
+
+    (first, second), again, other = draws(0), draws(0), draws(1)
+    assert first.device == x.device and torch.equal(first, again[0]) and torch.equal(second, again[1])
+    assert torch.corrcoef(torch.stack([first, second, other[0]])).triu(1).abs().max() < 0.2
 
 
 def test_rng_state_replays_dropout():

@@ -191,3 +191,19 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
         fit(unet(), Poisoned(DDPM.linear()), BATCHES, 20, folder=tmp_path, every=5)
     state = read_checkpoint(tmp_path / "checkpoint.pt")
     assert state["step"] == 5 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_compiled_training_is_the_same_training_under_the_same_names(tmp_path):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    (plain, objective), (compiled, _) = distillation(), distillation()
+    average, history = fit(plain, objective, BATCHES, 2, every=1, precision="bf16")
+    again, rows = fit(compiled, objective, BATCHES, 2, every=1, precision="bf16", folder=tmp_path, compiler=backend)
+    assert len(graphs) == 2, "one of the student's network and one of the target's, each whole"
+    assert [row["loss"] for row in rows] == [row["loss"] for row in history]
+    assert same(plain, compiled) and same(average, again)
+    assert list(read_checkpoint(tmp_path / "checkpoint.pt")["model"]) == list(plain.state_dict())

@@ -52,14 +52,15 @@ class Server:
         self.before_ready = []
 
     def wait(self):
-        for _ in range(3000):
+        end = time.monotonic() + 280
+        while time.monotonic() < end:
             try:
-                status, _, _ = self.get("/readyz", timeout=2)
-            except OSError:
-                status = 0
-            if status == 200:
-                return self
-            self.before_ready.append((status, status and self.post("/sample", {"seeds": [0]})[:2]))
+                early = self.post("/sample", {"seeds": [0]}, timeout=5)[:2]
+                if self.get("/readyz", timeout=5)[0] == 200:
+                    return self
+                self.before_ready.append(early)
+            except OSError:  # nobody listens yet
+                pass
             assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.05)
         raise AssertionError("not ready in minutes\n" + self.log.read_text())
@@ -192,9 +193,9 @@ def page(server, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def knobs(page, tmp_path_factory):
-    """The stand-in, which takes half a second where it is slow, with two seconds a request and room for 96 images."""
+    """The stand-in, which takes half a second where it is slow, with four seconds a request and room for 96 images."""
     student = stand_in(tmp_path_factory.mktemp("stand-in"), 0.5)
-    with serving(student, page(), "--timeout", "2", "--queue", "96") as server:
+    with serving(student, page(), "--timeout", "4", "--queue", "96") as server:
         yield server
 
 
@@ -310,10 +311,9 @@ def test_schema_holds_over_a_thousand_cases(server, tmp_path):
 
 def test_not_ready_until_warm(knobs):
     """The stand-in is slow to warm up: until it has been, the server is alive, says so, and refuses work."""
-    refused = [answer for status, answer in knobs.before_ready if status == 503]
-    assert refused and all(status == 503 and headers["retry-after"] == "1" for status, headers in refused)
+    assert knobs.before_ready
+    assert all(status == 503 and headers["retry-after"] == "1" for status, headers in knobs.before_ready)
     assert knobs.get("/healthz")[0] == 200
-    assert "cmlib_evaluation_seconds_count" not in knobs.get("/metrics")[2].decode(), "nothing was served before it was ready"
 
 
 def test_output_that_is_not_finite_is_an_error_and_harms_no_neighbour(knobs):
@@ -337,8 +337,9 @@ def test_a_full_queue_answers_429_at_once_and_recovers(knobs):
     statuses = [status for status, _, _ in answers]
     assert set(statuses) <= {200, 429, 503, 504} and statuses.count(200) >= 1 and statuses.count(429) >= 4, statuses
     assert all(headers["retry-after"] == "1" for status, headers, _ in answers if status in (429, 503))
-    time.sleep(1.5)
-    assert knobs.post("/sample", {"seeds": [0]})[0] == 200
+    end = time.monotonic() + 20
+    while (status := knobs.post("/sample", {"seeds": [0]})[0]) != 200:
+        assert status in (429, 503, 504) and time.monotonic() < end
 
 
 def test_too_slow_is_504_and_the_next_request_is_fine(knobs):
@@ -358,18 +359,16 @@ def test_too_slow_is_504_and_the_next_request_is_fine(knobs):
 
 
 def test_memory_is_flat(server):
-    """Over 2,000 requests of all kinds; `benchmarks/serve.py` does 10,000."""
-    body = json.dumps({"image": BLACK, "sigma": 1.0, "seed": 3})
-    bad = json.dumps({"image": BLACK[1:], "sigma": 1.0})
+    """Over 10,000 requests of all kinds: half a kilobyte more for each of the last 6,000 would show."""
+    jump, bad = ({"image": image, "sigma": 1.0, "seed": 3} for image in (BLACK, BLACK[1:]))
+    kinds = [("POST", "/jump", json.dumps(jump), 200), ("POST", "/jump", json.dumps(bad), 422)]
+    kinds += [("POST", "/sample", "not JSON", 422), ("GET", "/page/nothing-{}", None, 404), ("GET", "/healthz", None, 200)]
 
     def some(count):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         for k in range(count):
-            if k % 10 == 9:
-                path, sent, status = f"/page/{k}", None, 404
-            else:
-                path, sent, status = "/jump", bad if k % 10 == 8 else body, 422 if k % 10 == 8 else 200
-            connection.request("POST" if sent else "GET", path, sent, {"Content-Type": "application/json"})
+            method, path, body, status = kinds[k % len(kinds)]
+            connection.request(method, path.format(k), body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             answer.read()
             assert answer.status == status
@@ -380,8 +379,8 @@ def test_memory_is_flat(server):
             list(pool.map(some, [count // 4] * 4))
         return server.worker().memory_info().rss / 1e6
 
-    before, after = megabytes(400), megabytes(2_000)
-    assert after - before < 4, f"{before:.1f} MB, after 2,000 requests {after:.1f} MB"
+    before, after = megabytes(4_000), megabytes(6_000)
+    assert after - before < 3, f"{before:.1f} MB, after 6,000 more requests {after:.1f} MB"
 
 
 # ---- start and end
@@ -392,7 +391,7 @@ def test_sigterm_answers_what_is_at_work_and_leaves_nothing(knobs):
     family = knobs.family()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         at_work = pool.submit(knobs.post, "/sample", {"seeds": [0, 1, 2]})
-        time.sleep(0.2)
+        time.sleep(0.3)
         knobs.process.terminate()
         status, _, body = at_work.result()
     assert status == 200 and picture(body).shape == (16, 16)

@@ -22,6 +22,7 @@ from cmlib.data import to_float
 from cmlib.files import explained, read_sealed, sha256, write_atomically, write_sealed
 from cmlib.ops import expand_like, indexed_integers, indexed_normal
 from cmlib.teacher import SOLVERS, Teacher
+from cmlib.unet import balanced, classes
 
 SHARD = 1000  # pairs
 WINDOW_BYTES = 256 * 2**20  # how much of a cache the loader shuffles at once
@@ -46,8 +47,6 @@ class PairCache:
         self.n_shards = -(-len(self) // self.per_shard)
         self._window = max(1, WINDOW_BYTES // (6 * self.per_shard * math.prod(self.key["shape"])))  # shards
         self._loaded: dict[int, dict[str, Tensor]] = {}
-
-    # ---- building
 
     @classmethod
     def build(
@@ -199,7 +198,8 @@ class PairCache:
             path[rows, 0] = x.half().cpu()
             for k, (n, r) in enumerate(itertools.pairwise(levels)):
                 at, to = (torch.full((len(x),), v, device=x.device) for v in (n, r))
-                x = teacher.step(x, at, to, self.key["solver"], self._noise(teacher, trajectory[rows], k))
+                with balanced(teacher.unet, trajectory[rows]):
+                    x = teacher.step(x, at, to, self.key["solver"], self._noise(teacher, trajectory[rows], k))
                 path[rows, k + 1] = x.half().cpu()
         n = torch.tensor(levels, dtype=torch.int16).expand(len(path), -1)
         index = trajectory[:, None].expand(-1, steps)
@@ -207,8 +207,6 @@ class PairCache:
         for i, shard in enumerate(group):
             mine = slice(i * per, (i + 1) * per)
             yield shard, {k: v[mine].flatten(0, 1).clone() for k, v in flat.items()} | {"x_end": path[mine, -1].clone()}
-
-    # ---- keeping
 
     @classmethod
     def open(cls, folder: str | Path, teacher: Teacher | None = None) -> PairCache:
@@ -245,8 +243,6 @@ class PairCache:
             now._work(teacher, None)
         return PairCache.open(self.folder)
 
-    # ---- reading
-
     def __len__(self) -> int:
         return self.key["pairs"]
 
@@ -265,6 +261,7 @@ class PairCache:
     def _decode(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Chain coordinates and indices as stored -> EDM coordinates and σ."""
         out = {"index": rows["index"], "n": rows["t"].long()}
+        out |= {"label": rows["index"] % self.key["classes"]} if "classes" in self.key else {}
         for x, t in (("x_t", "t"), ("x_r", "r")):
             n = rows[t].long()
             out[t] = torch.where(n >= 0, self.sigmas[n.clamp(min=0)], 0.0)
@@ -330,12 +327,13 @@ def _checked(key: dict[str, Any], teacher: Teacher, images: Tensor | None, shape
         key["images"] = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()[:12]
     elif shape is None or solver == "posterior_mean":
         raise ValueError("source 'rollout' needs the image shape and a solver that ends on an image: ddim, heun, ancestral")
+    key |= {"classes": classes(teacher.unet)} if classes(teacher.unet) else {}
+    if source == "data" and "classes" in key:
+        raise ValueError("a cache of a class-conditional teacher holds rollouts; give source 'rollout'")
     key |= {"pairs": -(-key["pairs"] // steps) * steps, "shard": max(1, SHARD // steps) * steps, "shape": list(shape)}
-    try:
-        probe = torch.zeros(1, *shape, device=teacher.device)
+    probe, fits = torch.zeros(1, *shape, device=teacher.device), False
+    with suppress(RuntimeError), balanced(teacher.unet, torch.zeros(1, dtype=torch.int64)):
         fits = teacher.eps(probe, torch.zeros(1, device=teacher.device)).shape == probe.shape
-    except RuntimeError:
-        fits = False
     if not fits:
         raise ValueError(f"the teacher's network does not take images of shape {tuple(shape)}")
     return {k: v for k, v in key.items() if k != ("steps" if source == "data" else "delta")}

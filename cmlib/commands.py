@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -25,9 +21,9 @@ from cmlib.consistency import ConsistencyFunction
 from cmlib.files import write_json
 from cmlib.ops import indexed_normal
 from cmlib.process import DDPM
-from cmlib.profiles import Profile, select, small_unet
+from cmlib.profiles import Profile, small_unet
 from cmlib.teacher import Teacher
-from cmlib.unet import UNet
+from cmlib.unet import UNet, balanced, given
 
 Metrics = dict[str, Any]
 
@@ -47,10 +43,16 @@ def _teacher(args: Namespace, profile: Profile, images: Tensor | None = None) ->
     return pipeline.load_teacher(args.teacher or profile.teacher, None if images is None else tuple(images.shape[1:]))
 
 
+def _training_set(args: Namespace, profile: Profile) -> tuple[Profile, Tensor, Tensor | None]:
+    """The images and labels that are held in memory; with --limit they are all that there is to stream."""
+    profile = replace(profile, in_memory=None) if args.limit else profile
+    return profile, *data.load(profile.dataset, limit=args.limit or profile.in_memory)
+
+
 def teacher_train(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib teacher train` and `cmlib teacher finetune`"""
-    images, _ = data.load(profile.dataset, limit=args.limit)
-    held_out, _ = data.load(profile.dataset, "test", limit=500)
+    profile, images, labels = _training_set(args, profile)
+    held_out = data.load(profile.dataset, "test", limit=500)
     schedules: dict[str, Callable[[], DDPM]] = {
         "linear": DDPM.linear,
         "cosine": DDPM.cosine,
@@ -61,10 +63,11 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
         start = _teacher(args, profile, images)
         start = replace(start, process=schedules[args.schedule]()) if args.schedule else start
     else:
-        unet = UNet(**small_unet(tuple(images.shape[1:]), profile.widths, dropout=0.1))
+        unet = UNet(**small_unet(images.shape[1:], profile.widths, 0.1, profile.layers, profile.attention, profile.classes))
         start = Teacher(unet, schedules[args.schedule or "linear"]())
     refresh = PairCache.open(args.refresh) if finetune and args.refresh else None
-    before = pipeline.epsilon_error(start.process, start.unet.eval(), held_out)
+    batches = pipeline.stream(profile, images, labels, args.seed, start.unet)
+    before = pipeline.epsilon_error(start.process, start.unet.eval(), *held_out)
     teacher, history = pipeline.train_teacher(
         start,
         images,
@@ -78,6 +81,7 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
         schedule="constant" if finetune else "cosine",
         patience=args.patience,
         refresh=refresh,
+        batches=batches,
     )
     if ranks.is_first():
         teacher.save_pretrained(args.out / "pipeline")
@@ -94,20 +98,26 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
 
 def teacher_eval(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib teacher eval`"""
-    images, labels = data.load(profile.dataset)
-    held_out = data.load(profile.dataset, "test")
+    images, labels = data.load(profile.dataset, limit=profile.in_memory)
+    held_out = data.load(profile.dataset, "test", limit=profile.in_memory)
     teacher = _teacher(args, profile, images)
     n = min(args.samples or profile.samples, len(images))
     fakes = pipeline.draw_teacher(teacher, n, args.steps, "ddim", tuple(images.shape[1:]), args.seed)
     plots.save(
-        plots.samples({f"DDIM-{args.steps}": data.to_float(fakes), "real": data.to_float(held_out[0])}),
+        plots.samples({f"DDIM-{args.steps}": _seen(profile, fakes), "real": _seen(profile, held_out[0])}),
         args.out / "samples.png",
     )
-    found = {"mse.held_out": pipeline.epsilon_error(teacher.process, teacher.unet, held_out[0][:500])}
+    few = (part if part is None else part[:500] for part in held_out)
+    found = {"mse.held_out": pipeline.epsilon_error(teacher.process, teacher.unet, *few)}
     features = pipeline.Features.of(profile.dataset, args.out, images, labels, held_out)
     for name, drawn in {"real": held_out[0], f"teacher_ddim{args.steps}": fakes}.items():
         found |= features.compare(name, drawn)
     return _say({**found, **features.protocol, "protocol.n": n})
+
+
+def _seen(profile: Profile, images: Tensor) -> Tensor:
+    """The first 48 as floats, decoded where they are latents."""
+    return data.to_float(data.pictures(profile.dataset, images[:48]))
 
 
 def _say(metrics: Metrics) -> Metrics:
@@ -175,7 +185,9 @@ def cache_refresh(args: Namespace, profile: Profile) -> Metrics:
 
 def distill(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib distill`"""
-    images = None if args.cache else data.load(profile.dataset, limit=args.limit)[0]
+    images = labels = None
+    if not args.cache:
+        profile, images, labels = _training_set(args, profile)
     teacher = _teacher(args, profile, images)
     cache = PairCache.open(args.cache, teacher) if args.cache else None
     plain = args.objective == "pair-regression"
@@ -192,14 +204,16 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
             steps = cache.key.get("steps", profile.rollout_steps)
             sigma_max = float(teacher.process.sigma(teacher.process.grid(steps)[-1:]))
         student = recipes.first_student(args.objective, teacher, sigma_max)
-    pairs: dict[str, Any] = {"cache": cache, "teacher": teacher, "images": images}
+    pairs: dict[str, Any] = {"cache": cache, "teacher": teacher, "images": images, "labels": labels}
     trained, history = pipeline.distill(
         args.objective, student, profile, args.out / "training", args.seed, args.updates, args.resume, **pairs
     )
     found = {"loss.first": history[0]["loss"], "loss.last": history[-1]["loss"], "seconds.total": history[-1]["seconds"]}
     if plain:
         assert cache is not None
-        error = evaluate.pair_error(trained, next(cache.loader(1_000, args.seed + 1)))
+        batch = next(cache.loader(1_000, args.seed + 1))
+        with given(batch.get("label")):
+            error = evaluate.pair_error(trained, batch)
         print(
             "One reverse step, not a one-step sampler: no student.pt, only what the regression reached beside the identity map."
         )
@@ -210,7 +224,7 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
     trained.save(args.out / "student.pt")
     trained.save(args.out / "student.safetensors")
     drawn = {f"{k} evaluation(s)": pipeline.draw(trained, 48, k, trained.image_shape, args.seed) for k in (1, 2)}
-    plots.save(plots.samples({name: data.to_float(images) for name, images in drawn.items()}), args.out / "samples.png")
+    plots.save(plots.samples({name: _seen(profile, images) for name, images in drawn.items()}), args.out / "samples.png")
     print(f"student in {args.out / 'student.pt'}")
     return _say(found)
 
@@ -218,7 +232,7 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
 def sample(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib sample`"""
     f = ConsistencyFunction.load(args.checkpoint)
-    images = pipeline.draw(f, args.n, args.evaluations, f.image_shape, args.seed)
+    images = data.pictures(profile.dataset, pipeline.draw(f, args.n, args.evaluations, f.image_shape, args.seed))
     plots.save(plots.samples({f"{args.evaluations} evaluation(s)": data.to_float(images)}), args.out / "samples.png")
     exporting.save_npz(args.out / "samples.npz", images)
     print(f"{args.n} images in {args.out / 'samples.npz'} and samples.png")
@@ -229,10 +243,10 @@ def sample(args: Namespace, profile: Profile) -> Metrics:
 def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib evaluate`"""
     f = ConsistencyFunction.load(args.checkpoint)
-    images, labels = data.load(profile.dataset, limit=args.limit)
+    profile, images, labels = _training_set(args, profile)
     if f.image_shape != tuple(images.shape[1:]):
         raise ValueError(f"{args.checkpoint} makes images {f.image_shape}, the data set's are {tuple(images.shape[1:])}")
-    held_out = data.load(profile.dataset, "test", limit=args.limit)
+    held_out = data.load(profile.dataset, "test", limit=args.limit or profile.in_memory)
     shape = f.image_shape
     teacher = _teacher(args, profile, images)
     n = min(args.samples or profile.samples, len(images))
@@ -245,10 +259,12 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     if args.fid:
         found |= {f"fid.{name}": evaluate.inception_fid(images, drawn) for name, drawn in fakes.items()}
     few = held_out[0][:64]
-    indices, distance = evaluate.reconstruction_error(f, few, teacher.process, profile.timesteps, args.seed, f.sigma_max)
+    with given(held_out[1] if held_out[1] is None else held_out[1][:64]):
+        indices, distance = evaluate.reconstruction_error(f, few, teacher.process, profile.timesteps, args.seed, f.sigma_max)
     sigma = teacher.process.sigma(indices)
     noise = indexed_normal(pipeline.SAMPLING_SEED + args.seed, range(64), shape, 7)
-    levels, gap = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps)
+    with balanced(f, torch.arange(64)):
+        levels, gap = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps)
     curve = plots.curves(
         {"student": plots.binned(sigma, distance)}, "noise level σ", "‖f(x_t, t) − x0‖", "Distance to the image"
     )
@@ -331,16 +347,4 @@ def doctor(args: Namespace, profile: Profile) -> Metrics:
     if args.plan:
         print(f"On GPUs: {sizing.SHARE:.0%} of the maker's peak is assumed; this machine is measured.\n")
         return _say(sizing.table(args.plan, sizing.measured_rate()))
-    found: Metrics = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
-    packages = ["torch", "diffusers", "datasets", "accelerate", "torchmetrics", "ipywidgets", "jupyterlab", "torch-fidelity"]
-    for package in [*packages, "onnxruntime", "tensorrt", "bentoml"]:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "missing"
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    found["free_disk_gb"] = round(shutil.disk_usage(".").free / 1e9, 1)
-    found["shipped_teacher"] = "found" if pipeline.shipped("digits_teacher").exists() else "missing"
-    found["datasets_folder"] = os.environ.get("CMLIB_DATASETS", "not set: data sets other than digits come from the hub")
-    found["profile"] = select().name
-    return _say(found)
+    return _say(sizing.machine())

@@ -23,8 +23,8 @@ from cmlib.process import DDPM
 from cmlib.profiles import Profile
 from cmlib.recipes import CACHED, recipe
 from cmlib.teacher import Teacher
-from cmlib.train import fit, plateaued
-from cmlib.unet import UNet
+from cmlib.train import Batches, fit, plateaued
+from cmlib.unet import UNet, balanced, classes, given
 
 SAMPLING_SEED = 10_000  # sampling noise never coincides with a rollout's
 
@@ -50,6 +50,11 @@ def load_teacher(source: str, shape: tuple[int, ...] | None = None) -> Teacher:
     return teacher
 
 
+def turned(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images four ways up, and which: labels that every set has (Gidaris et al. 2018)."""
+    return torch.cat([images.rot90(k, (2, 3)) for k in range(4)]), torch.arange(4).repeat_interleave(len(images))
+
+
 @dataclass(frozen=True)
 class Features:
     """A classifier and the reference images' features: what a Fréchet distance `fd_<dataset>` is measured with."""
@@ -64,22 +69,19 @@ class Features:
     def of(
         cls, dataset: str, out: Path, images: Tensor, labels: Tensor | None, held_out: tuple[Tensor, Tensor | None]
     ) -> Features:
-        """The shipped classifier of `dataset`, else one trained on its labels for a few minutes and kept in `out`."""
+        """The shipped classifier of `dataset`, else one trained for a few minutes on its labels, or without labels on which way
+        up an image is, and kept in `out`."""
         path = shipped(f"{dataset}_classifier.safetensors")
         if not path.exists():
             path = out / f"classifier-{data.fingerprint(images)}.safetensors"
         if not path.exists():
-            if labels is None:
-                raise ValueError(
-                    f"data set {dataset!r} has no labels to train features on; only digits ships with a classifier"
-                )
-            new = evaluate.Classifier(images.shape[1], images.shape[2], int(labels.max()) + 1)
-            stream = partial(data.batches, images, 64, 0)
+            known = (images, labels) if labels is not None else turned(images[:5_000])
+            new = evaluate.Classifier(images.shape[1], images.shape[2], int(known[1].max()) + 1)
             trained, _ = fit(
                 new,
-                evaluate.Classification(labels),
-                stream,
-                min(700, 5 * len(images) // 64),
+                evaluate.Classification(known[1]),
+                partial(data.batches, known[0], 64, 0),
+                max(1, min(700, 5 * len(known[0]) // 64)),
                 lr=2e-3,
                 warmup=50,
                 weight_decay=1e-2,
@@ -88,10 +90,12 @@ class Features:
             )
             trained.save(path)  # type: ignore[operator]
         classifier = evaluate.Classifier.load(path)
-        right = float("nan") if held_out[1] is None else evaluate.accuracy(classifier, held_out[0], held_out[1])
+        checked = turned(held_out[0]) if labels is None else held_out
+        right = float("nan") if checked[1] is None else evaluate.accuracy(classifier, checked[0], checked[1])
         protocol = {
             "protocol.reference": f"{dataset} train split, {len(images)} images",
-            "protocol.features": f"{path.name}, sha256 {sha256(path)[:12]}, accuracy {right:.3f}",
+            "protocol.features": f"{path.name}, sha256 {sha256(path)[:12]}, accuracy {right:.3f}"
+            + (" at telling four ways up apart" if labels is None else ""),
             "protocol.rounding": "float [-1, 1] -> uint8, rounded",
             "protocol.weights": "EMA",
             "protocol.n_real": len(held_out[0]),
@@ -128,20 +132,32 @@ class Features:
 
 
 @torch.no_grad()
-def epsilon_error(process: DDPM, unet: Any, images: Tensor) -> float:
+def epsilon_error(process: DDPM, unet: Any, images: Tensor, labels: Tensor | None = None) -> float:
     """L_DDPM on uint8 images with noise and indices that never change, so that epochs compare; a small set serves for 1,000
     draws or more."""
-    x0 = data.to_float(images.repeat(-(-1_000 // len(images)), 1, 1, 1)).to(device_of(unet))
+    index = torch.arange(len(images)).repeat(-(-1_000 // len(images)))
     generator = torch.Generator().manual_seed(1)
-    objective = Denoising(process)
-    losses = [objective(unet, unet, {"x0": part}, 0, generator)[0] for part in x0.split(500)]
+    objective, losses = Denoising(process), []
+    for part in index.split(500):
+        with given(None if labels is None else labels[part]):
+            x0 = data.to_float(images[part]).to(device_of(unet))
+            losses.append(objective(unet, unet, {"x0": x0}, 0, generator)[0])
     return float(torch.cat(losses).mean())
+
+
+def stream(profile: Profile, images: Tensor, labels: Tensor | None, seed: int, net: nn.Module) -> Batches:
+    """Batches of the training images, with labels where `net` takes them; from the files of a set that memory does not hold."""
+    if classes(net) and labels is None:
+        raise ValueError(f"a class-conditional network needs labels, and data set {profile.dataset!r} has none")
+    if profile.in_memory:
+        return partial(data.stream, profile.dataset, profile.batch_size, seed)
+    return partial(data.batches, images, profile.batch_size, seed, labels=labels if classes(net) else None)
 
 
 def train_teacher(
     teacher: Teacher,
     images: Tensor,
-    held_out: Tensor,
+    held_out: Tensor | tuple[Tensor, Tensor | None],
     updates: int,
     lr: float,
     batch_size: int,
@@ -151,18 +167,21 @@ def train_teacher(
     schedule: str = "cosine",
     patience: int = 0,
     refresh: PairCache | None = None,
+    batches: Batches | None = None,
 ) -> tuple[Teacher, list[dict[str, float]]]:
     """Train or fine-tune a DDPM: ε-MSE, warm-up over 1,000 steps (a quarter of a shorter run), EMA 0.999, held-out error
     after every epoch.
 
     `patience` epochs without progress end the run (0: never). With `refresh`, the cache's targets are recomputed by the
-    EMA teacher after every epoch (the brief's step 3).
+    EMA teacher after every epoch (the brief's step 3). `batches` are those of `images` unless given; `held_out` are images, or
+    images and labels.
     """
+    shown = (held_out, None) if isinstance(held_out, Tensor) else held_out
 
     def on_epoch(step: int, average: Any) -> dict[str, float]:
         if refresh is not None:
             refresh.refresh(replace(teacher, unet=average))
-        return {"held_out": epsilon_error(teacher.process, average, held_out)}
+        return {"held_out": epsilon_error(teacher.process, average, *shown)}
 
     def at_plateau(history: list[dict[str, float]]) -> bool:
         return patience > 0 and plateaued([row["held_out"] for row in history], patience)
@@ -171,7 +190,7 @@ def train_teacher(
     average, history = fit(
         teacher.unet.requires_grad_(True),
         Denoising(teacher.process),
-        lambda start: data.batches(images, batch_size, seed, start),
+        batches or partial(data.batches, images, batch_size, seed),
         updates,
         lr=lr,
         warmup=min(1_000, updates // 4),
@@ -206,6 +225,7 @@ def distill(
     images: Tensor | None = None,
     every: int | None = None,
     measure: Callable[[Any], dict[str, float]] | None = None,
+    labels: Tensor | None = None,
 ) -> tuple[Student, list[dict[str, float]]]:
     """Train `student` by one of OBJECTIVES on a pair cache, or on uint8 `images`; consistency distillation takes either,
     and with images makes its pairs on the fly, by Heun steps of `teacher` between LEVELS levels evenly spaced in the
@@ -215,10 +235,10 @@ def distill(
     shape = (unet["out_channels"], unet["sample_size"], unet["sample_size"])
     if cache is not None:
         images = None
-        batches: Any = partial(cache.loader, profile.batch_size, seed)
+        batches: Batches = partial(cache.loader, profile.batch_size, seed)
         provenance: dict[str, Any] = {"cache": cache.key}
     elif teacher is not None and images is not None and not isinstance(student, PlainFunction):
-        batches = partial(data.batches, images, profile.batch_size, seed)
+        batches = stream(profile, images, labels, seed, student)
         provenance = {"teacher": teacher.hash(), "images": data.fingerprint(images)}
     else:
         raise ValueError(f"{objective} needs a pair cache; build one with `cmlib cache build`")
@@ -229,11 +249,13 @@ def distill(
         raise ValueError(f"consistency distillation needs ODE steps; this cache's solver is {cache.key['solver']}")
     if objective == "endpoint-regression" and (cache is None or cache.key["source"] != "rollout"):
         raise ValueError("endpoint-regression needs a cache of source rollout, which keeps where each path ends")
+    if objective == "sct" and classes(student):
+        raise ValueError("sct's reference does not know classes; take ect for a class-conditional student")
     chosen, settings = recipe(objective, profile, updates, student, shape, teacher, images)
     settings["provenance"] = {**provenance, "batch_size": profile.batch_size}
 
     def on_every(step: int, average: Any) -> dict[str, float]:
-        grid = data.to_float(draw(average, 48, 1, shape, seed))
+        grid = data.to_float(data.pictures(profile.dataset, draw(average, 48, 1, shape, seed)))
         plots.save(plots.samples({f"{objective}, {step} updates, one evaluation": grid}), out / f"samples-{step:05d}.png")
         return {"contrast": float(grid.std())} | (measure(average) if measure else {})
 
@@ -246,11 +268,12 @@ def distill(
 
 
 def draw(f: Any, n: int, evaluations: int, shape: tuple[int, ...], seed: int, batch: int = 500) -> Tensor:
-    """n uint8 images from f; image i depends on (seed, i) alone. Several ranks share the batches."""
+    """n uint8 images from f; image i depends on (seed, i) alone, and so does its class. Several ranks share the batches."""
 
     def part(index: Tensor) -> Tensor:
         noise = [indexed_normal(SAMPLING_SEED + seed, index, shape, k) for k in range(evaluations)]
-        return data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)).cpu()
+        with balanced(f, index):
+            return data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)).cpu()
 
     return ranks.dealt(torch.arange(n).split(batch), part)
 
@@ -274,7 +297,8 @@ def draw_teacher(
         def part(index: Tensor) -> Tensor:
             noise = indexed_normal(SAMPLING_SEED + seed, index, shape)
             fresh = partial(_step_noise, SAMPLING_SEED + seed, index, shape) if solver == "ancestral" else None
-            images = data.to_uint8(teacher.sample(noise, steps, solver, draw=fresh)).cpu()
+            with balanced(teacher.unet, index):
+                images = data.to_uint8(teacher.sample(noise, steps, solver, draw=fresh)).cpu()
             bar.update()
             return images
 

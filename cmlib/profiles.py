@@ -14,7 +14,7 @@ class Profile:
     """One machine's recipe; updates are optimiser steps, `pairs` the size of the cache."""
 
     name: str
-    minutes: float  # budget of the whole pipeline
+    minutes: float  # budget of the whole pipeline; NaN: nobody has run it
     dataset: str
     teacher: str  # a hub id, a folder, or a name under data/
     widths: tuple[int, ...]  # channels of the U-Net of a teacher that is trained from nothing
@@ -31,6 +31,10 @@ class Profile:
     samples: int  # images on the generated side of a Fréchet distance
     timesteps: int  # random noise levels an image in the reconstruction error
     precision: str = "no"
+    layers: int = 1  # residual blocks a level, in the U-Net that is trained from nothing
+    attention: int = -1  # the level that has it
+    classes: int = 0  # labels that it is conditional on
+    in_memory: int | None = None  # images that are held; training streams the set from its files (None: all are held)
     rough: bool = False  # for a look or a test, not for figures
 
 
@@ -113,11 +117,51 @@ T4 = Profile(
     samples=10_000,
     timesteps=256,
     precision="fp16",
+    layers=2,
+    attention=1,
 )
 RTX4070 = replace(  # the CS student's: nobody has timed it on that card yet
     T4, name="rtx4070", minutes=60, source="rollout", solver="ddim", rollout_steps=500, batch_size=32
 )
-PROFILES = {p.name: p for p in (CI, QUICK, CPU, LAPTOP, T4, RTX4070)}
+CELEBA64 = replace(  # what comes after the course: for GPUs, and not run in full yet
+    T4,
+    name="celeba64",
+    minutes=float("nan"),
+    dataset="celebahq64",
+    teacher="runs/celeba64/teacher/pipeline",
+    attention=2,
+    teacher_updates=200_000,
+    source="rollout",
+    solver="ddim",
+    batch_size=128,
+    endpoint_updates=50_000,
+    distill_updates=100_000,
+)
+FFHQ_LATENT = replace(
+    CELEBA64,
+    name="ffhq-latent",
+    dataset="ffhq-latents",
+    teacher="runs/ffhq-latent/teacher/pipeline",
+    widths=(192, 384, 384, 384),
+    attention=1,
+    pairs=500_000,
+)
+IMAGENET128 = replace(
+    CELEBA64,
+    name="imagenet128",
+    dataset="imagenet128",
+    teacher="runs/imagenet128/teacher/pipeline",
+    widths=(128, 256, 384, 512),
+    attention=3,
+    classes=1_000,
+    in_memory=10_000,
+    teacher_updates=500_000,
+    pairs=2_000_000,
+    batch_size=512,
+    distill_updates=400_000,
+    samples=50_000,
+)
+PROFILES = {p.name: p for p in (CI, QUICK, CPU, LAPTOP, T4, RTX4070, CELEBA64, FFHQ_LATENT, IMAGENET128)}
 
 
 def select(name: str | None = None) -> Profile:
@@ -128,17 +172,21 @@ def select(name: str | None = None) -> Profile:
     return PROFILES[name]
 
 
-def small_unet(shape: tuple[int, ...], widths: tuple[int, ...], dropout: float) -> dict[str, Any]:
-    """Configuration of a small U-Net for images [C,H,W]: a level a width, attention at the lowest."""
-    n = len(widths)
+def small_unet(
+    shape: tuple[int, ...], widths: tuple[int, ...], dropout: float, layers: int = 1, attention: int = -1, classes: int = 0
+) -> dict[str, Any]:
+    """Configuration of a U-Net for images [C,H,W]: a level a width, attention at one of them (the lowest), conditional on
+    `classes` labels if there are any."""
+    down = ["DownBlock2D"] * len(widths)
+    down[attention] = "AttnDownBlock2D"
     return {
         "sample_size": shape[1],
         "in_channels": shape[0],
         "out_channels": shape[0],
         "block_out_channels": widths,
-        "layers_per_block": 1,
-        "down_block_types": ("DownBlock2D",) * (n - 1) + ("AttnDownBlock2D",),
-        "up_block_types": ("AttnUpBlock2D",) + ("UpBlock2D",) * (n - 1),
+        "layers_per_block": layers,
+        "down_block_types": tuple(down),
+        "up_block_types": tuple(kind.replace("Down", "Up") for kind in reversed(down)),
         "norm_num_groups": 8,
         "norm_eps": 1e-6,
         "attention_head_dim": None,
@@ -146,4 +194,4 @@ def small_unet(shape: tuple[int, ...], widths: tuple[int, ...], dropout: float) 
         "freq_shift": 1,
         "flip_sin_to_cos": False,
         "dropout": dropout,
-    }
+    } | ({"num_class_embeds": classes} if classes else {})

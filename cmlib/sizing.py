@@ -1,87 +1,93 @@
-"""How large a run is before it starts: pairs, bytes, floating-point operations, hours."""
+"""What this machine has, and how large a run is before it starts: pairs, bytes, floating-point operations, hours."""
 
 from __future__ import annotations
 
 import math
+import os
+import platform
+import shutil
 import time
-from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
 
-from cmlib.unet import UNet
+from cmlib.data import SETS
+from cmlib.pipeline import shipped
+from cmlib.profiles import CELEBA64, FFHQ_LATENT, IMAGENET128, T4, Profile, select, small_unet
+from cmlib.unet import UNet, given
 
 UPDATE, TARGET = 3, 1  # forward passes that an update costs (the backward pass counts as two), and a consistency target
 PEAK = {"T4, fp16": 65e12, "A100, bf16": 312e12, "H100 SXM, bf16": 989e12}  # dense, from the makers' data sheets
 SHARE = 0.2  # of the peak that a U-Net reaches: assumed, not measured
+PLANS = {profile.dataset: profile for profile in (T4, CELEBA64, FFHQ_LATENT, IMAGENET128)}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A data set and the run that we would start with; the U-Net's widths are a choice of ours, but for CIFAR-10's teacher."""
-
-    shape: tuple[int, int, int]
-    pairs: int
-    updates: int
-    batch_size: int
-    samples: int
-    widths: tuple[int, ...] = (128, 256, 256, 256)
-    attention: int = 1  # the level that has it
-
-    def network(self) -> UNet:
-        """The teacher's and the student's U-Net."""
-        kinds = ["AttnDownBlock2D" if i == self.attention else "DownBlock2D" for i in range(len(self.widths))]
-        up = tuple(kind.replace("Down", "Up") for kind in reversed(kinds))
-        c, size, _ = self.shape
-        return UNet(size, c, c, self.widths, 2, tuple(kinds), up, attention_head_dim=None)
-
-    def flops(self) -> float:
-        """Of one forward pass for one image, counted in the network (a multiplication and an addition are two)."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self.network()(torch.empty(1, *self.shape), torch.empty(1))
-        return float(counter.get_total_flops())
+def machine() -> dict[str, Any]:
+    """Versions, processor, disk, and the profile that fits."""
+    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform(), "cores": os.cpu_count()}
+    packages = ["torch", "diffusers", "datasets", "accelerate", "torchmetrics", "ipywidgets", "jupyterlab", "torch-fidelity"]
+    for package in [*packages, "onnxruntime", "tensorrt", "bentoml"]:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "missing"
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    found["free_disk_gb"] = round(shutil.disk_usage(".").free / 1e9, 1)
+    found["shipped_teacher"] = "found" if shipped("digits_teacher").exists() else "missing"
+    found["datasets_folder"] = os.environ.get("CMLIB_DATASETS", "not set: data sets other than digits come from the hub")
+    found["profile"] = select().name
+    return found
 
 
-PLANS = {
-    "cifar10": Plan((3, 32, 32), 200_000, 5_000, 64, 10_000),
-    "celebahq64": Plan((3, 64, 64), 200_000, 100_000, 128, 10_000, attention=2),
-    "ffhq-latents": Plan((4, 32, 32), 500_000, 100_000, 128, 10_000, widths=(192, 384, 384, 384)),
-    "imagenet128": Plan((3, 128, 128), 2_000_000, 400_000, 512, 50_000, widths=(128, 256, 384, 512), attention=3),
-}
+def network(profile: Profile) -> UNet:
+    """The teacher's and the student's U-Net."""
+    return UNet.from_config(
+        small_unet(SETS[profile.dataset].shape, profile.widths, 0.0, profile.layers, profile.attention, profile.classes)
+    )
+
+
+def forward_flops(profile: Profile) -> float:
+    """Of one pass for one image, counted in the network (a multiplication and an addition are two)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), given(torch.zeros(1, dtype=torch.int64)):
+        net = network(profile)
+        with FlopCounterMode(display=False) as counter:
+            net(torch.empty(1, *SETS[profile.dataset].shape), torch.empty(1))
+    return float(counter.get_total_flops())
 
 
 @torch.no_grad()
 def measured_rate(seconds: float = 2.0) -> float:
     """FLOP/s of CIFAR-10's U-Net on this machine, measured now: forward passes for about `seconds`, after one to warm up."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan, n = PLANS["cifar10"], 64 if device == "cuda" else 1
-    net, x, t = plan.network().to(device), torch.randn(n, *plan.shape, device=device), torch.ones(n, device=device)
-    passes, began = -1, 0.0
+    n = 64 if device == "cuda" else 1
+    net, x, t = network(T4).to(device), torch.randn(n, *SETS["cifar10"].shape, device=device), torch.ones(n, device=device)
+    float(net(x, t).sum())  # waits for the GPU
+    passes, began = 0, time.perf_counter()
     while passes < 1 or time.perf_counter() - began < seconds:
-        began = time.perf_counter() if passes == -1 else began
-        float(net(x, t).sum())  # waits for the GPU
+        float(net(x, t).sum())
         passes += 1
-        began = time.perf_counter() if passes == 0 else began
-    return passes * n * plan.flops() / (time.perf_counter() - began)
+    return passes * n * forward_flops(T4) / (time.perf_counter() - began)
 
 
 def table(name: str, rate: float) -> dict[str, Any]:
-    """What building the cache, distilling without a teacher (ECT) and sampling the teacher for the evaluation costs, and how
-    many hours that is at `rate` FLOP/s, and on PEAK's devices at SHARE of their peak."""
-    plan = PLANS[name]
-    flops = plan.flops()
+    """What training a teacher, rolling out its cache, distilling without a teacher (ECT) and sampling the teacher for the
+    evaluation costs, and how many hours that is at `rate` FLOP/s, and on PEAK's devices at SHARE of their peak."""
+    profile = PLANS[name]
+    flops, size = forward_flops(profile), math.prod(SETS[name].shape)
     passes = {
-        "cache": plan.pairs,
-        "distil": plan.updates * plan.batch_size * (UPDATE + TARGET),
-        "evaluate": plan.samples * 50,
+        "teacher": profile.teacher_updates * profile.batch_size * UPDATE,
+        "cache": profile.pairs,
+        "distil": profile.distill_updates * profile.batch_size * (UPDATE + TARGET),
+        "evaluate": profile.samples * 50,
     }
-    found: dict[str, Any] = {"pairs": plan.pairs, "gigabytes.cache": plan.pairs * (4 * math.prod(plan.shape) + 12) / 1e9}
-    found |= {
-        "parameters.millions": sum(p.numel() for p in plan.network().parameters()) / 1e6,
-        "gigaflops.forward": flops / 1e9,
-    }
+    found: dict[str, Any] = {"protocol.plan": profile.name, "pairs": profile.pairs}
+    ends = 2 * size / profile.rollout_steps if profile.source == "rollout" else 0  # a trajectory's, shared by its pairs
+    found["gigabytes.cache"] = profile.pairs * (4 * size + 12 + ends) / 1e9
+    found["parameters.millions"] = sum(p.numel() for p in network(profile).parameters()) / 1e6
+    found["gigaflops.forward"] = flops / 1e9
     for device, speed in {"this machine": rate, **{k: v * SHARE for k, v in PEAK.items()}}.items():
         found |= {f"hours.{stage}.{device}": n * flops / speed / 3600 for stage, n in passes.items()}
     return found | {"protocol.rate_this_machine": f"{rate / 1e12:.3f} TFLOP/s, measured now on CIFAR-10's U-Net, float32"}

@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 from cmlib import ranks
 from cmlib.consistency import EMA
 from cmlib.files import intact, write_atomically
+from cmlib.unet import given
 
-Batches = Callable[[int], Iterator[dict[str, Tensor]]]
+Batches = Callable[[int], Iterator[dict[str, Any]]]
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 0, schedule: str = "cosine") -> float:
@@ -139,10 +140,15 @@ class _Run:
         self.step, self.history = state["step"], state["history"]
 
 
-def _share(batch: dict[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Any, float]:
+def _share(batch: dict[str, Any], device: torch.device) -> tuple[dict[str, Tensor], Any, float]:
     """This rank's rows of a batch on its device, the context in which its draws are theirs (`ranks.rows`), and the weight
-    with which the mean over its rows enters the mean over ranks, so that this is the mean of the whole batch."""
-    (rank, world), whole = ranks.here(), len(next(iter(batch.values())))
+    with which the mean over its rows enters the mean over ranks, so that this is the mean of the whole batch. What was
+    streamed is this rank's already, and names the whole batch's size."""
+    (rank, world), streamed = ranks.here(), batch.get("whole")
+    if streamed:
+        batch = {k: v.to(device) for k, v in batch.items() if k != "whole"}
+        return batch, ranks.rows(streamed // world, streamed), 1.0
+    whole = len(next(iter(batch.values())))
     if whole < world:
         raise ValueError(f"a batch of {whole} cannot be shared by {world} processes; start fewer")
     mine = len(range(rank, whole, world))
@@ -220,7 +226,7 @@ def fit(
         batch, whole, weight = _share(batch, accelerator.device)
         generator = torch.Generator().manual_seed(step_seed(seed, step, 0))
         torch.manual_seed(step_seed(seed, step, accelerator.process_index) + 1)
-        with accelerator.autocast(), whole:
+        with accelerator.autocast(), whole, given(batch.get("label")):
             loss = objective(wrapped, run.target.model if run.target else model, batch, step, generator)[0].mean() * weight
         saving, mean = (step + 1) % every == 0 or step + 1 == steps, accelerator.reduce(loss.detach(), "mean")
         if not torch.isfinite(mean) or (saving and not all(bool(p.isfinite().all()) for p in model.parameters())):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -23,9 +25,33 @@ _FIXED: dict[str, Any] = {
     "add_attention": True,
     "attn_norm_num_groups": None,
     "class_embed_type": None,
-    "num_class_embeds": None,
     "time_embedding_dim": None,
 }
+
+
+_LABELS: ContextVar[Tensor | None] = ContextVar("labels", default=None)
+
+
+@contextmanager
+def given(labels: Tensor | None) -> Iterator[None]:
+    """Inside, class-conditional networks take `labels` [B], one a row of their input; others ignore them. So a label reaches
+    teacher, student and target alike, and f(x, t), the steps of an ODE and the objectives need not know of it."""
+    before = _LABELS.set(labels)
+    try:
+        yield
+    finally:
+        _LABELS.reset(before)
+
+
+def classes(net: object) -> int:
+    """Number of classes of a class-conditional network, 0 for any other."""
+    tables = (m for m in net.modules() if isinstance(m, nn.Embedding)) if isinstance(net, nn.Module) else iter(())
+    return next((table.num_embeddings for table in tables), 0)
+
+
+def balanced(net: object, index: Tensor) -> Any:
+    """`given` to sample i the class i mod (number of classes), so that all come equally often."""
+    return given(index % max(1, classes(net)))
 
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = False, freq_shift: float = 1.0) -> Tensor:
@@ -167,9 +193,12 @@ class UNet(nn.Module):
         freq_shift: float = 0,
         flip_sin_to_cos: bool = True,
         dropout: float = 0.0,
+        num_class_embeds: int | None = None,
     ):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        if num_class_embeds is None:
+            del self.config["num_class_embeds"]
         unknown = (set(down_block_types) | set(up_block_types)) - {
             "DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D",
         }  # fmt: skip
@@ -185,6 +214,7 @@ class UNet(nn.Module):
             return Attention(c, attention_head_dim or c, norm_num_groups, norm_eps)
 
         self.time_embedding = TimeEmbedding(widths[0], temb)
+        self.class_embedding = nn.Embedding(num_class_embeds, temb) if num_class_embeds else None
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         skips = [widths[0]]  # channels of every state the way up will see again
@@ -216,7 +246,13 @@ class UNet(nn.Module):
         return self.time_embedding(emb.to(self.conv_in.weight.dtype))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        temb = F.silu(self.time_features(t))
+        temb = self.time_features(t)
+        if self.class_embedding is not None:
+            labels = _LABELS.get()
+            if labels is None or len(labels) != len(x):
+                raise ValueError("a class-conditional network needs a label a row: call it inside `cmlib.unet.given(labels)`")
+            temb = temb + self.class_embedding(labels.to(x.device))
+        temb = F.silu(temb)
         h = self.conv_in(x)
         # oneDNN convolves fastest in channels-last memory, and every later state inherits it. torch.func.jvp cannot take it,
         # and a dropout mask is drawn in memory order, so both branches of a loss must agree on the layout.

@@ -48,6 +48,14 @@ def test_training_on_two_ranks_is_training_on_one(found, name):
     assert not torch.allclose(one["loss"][0], one["loss"][-1], rtol=1e-3)  # it did train
 
 
+def test_ranks_that_stream_stay_one_model(found):
+    """Each reads files of its own, so the batches are not those of one process; gradients, weights and history are shared."""
+    one, first, second = (part["streamed"] for part in found)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["average"], one["average"])
+    torch.testing.assert_close(first["loss"], one["loss"], rtol=0.2, atol=0)  # of the same images, in another order
+
+
 def test_sampling_is_split_without_padding_or_duplicates(found):
     one, first, second = (part["sampling"] for part in found)
     assert len(one["images"]) == 51 and len(one["images"].unique(dim=0)) == 51

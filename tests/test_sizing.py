@@ -2,12 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from cmlib import cli, sizing
+from cmlib import cli, data, profiles, sizing
 from cmlib.cache import PairCache
 from cmlib.process import DDPM
 from cmlib.teacher import Teacher
@@ -15,10 +16,11 @@ from cmlib.unet import UNet
 from tests.small import UNET
 
 
-def test_operations_of_a_forward_pass_are_those_of_its_layers():
+def test_operations_of_a_forward_pass_are_those_of_its_layers(monkeypatch):
     """2·C_in·k²·C_out·H·W for a convolution, 2·in·out for a linear layer, added up by hooks; and attention's two products."""
-    plan = sizing.Plan((3, 16, 16), 1, 1, 1, 1, widths=(32, 64), attention=1)
-    net, total = plan.network(), [0.0]
+    monkeypatch.setitem(data.SETS, "small", data.Source("", (3, 16, 16)))
+    profile = replace(profiles.T4, dataset="small", widths=(32, 64), attention=1)
+    net, total = sizing.network(profile), [0.0]
 
     def count(layer, inputs, output):
         if isinstance(layer, nn.Conv2d):
@@ -31,7 +33,7 @@ def test_operations_of_a_forward_pass_are_those_of_its_layers():
     with torch.no_grad():
         net(torch.zeros(1, 3, 16, 16), torch.ones(1))
     attention = 6 * 2 * 2 * 64**2 * 64  # 2 on the way down, 1 in the middle, 3 up; 8×8 places, 64 channels, two products
-    assert plan.flops() == pytest.approx(total[0] + attention, rel=1e-3)
+    assert sizing.forward_flops(profile) == pytest.approx(total[0] + attention, rel=1e-3)
 
 
 def test_bytes_are_those_of_a_cache(tmp_path):
@@ -39,14 +41,21 @@ def test_bytes_are_those_of_a_cache(tmp_path):
     images = torch.zeros(10, 1, 8, 8, dtype=torch.uint8)
     cache = PairCache.build(tmp_path, Teacher(UNet(**UNET), DDPM.linear()), 1000, images=images)
     assert cache.path(0).stat().st_size == pytest.approx(1000 * (4 * math.prod((1, 8, 8)) + 12), rel=0.02)
+    found = sizing.table("cifar10", 1e12)
+    assert found["gigabytes.cache"] == pytest.approx(200_000 * (4 * 3 * 32 * 32 + 12) / 1e9)
+    assert found["parameters.millions"] == pytest.approx(35.746307)  # google/ddpm-cifar10-32's
 
 
 def test_hours_follow_the_rate_and_every_data_set_has_a_plan(tmp_path, monkeypatch):
     assert list(sizing.PLANS) == ["cifar10", "celebahq64", "ffhq-latents", "imagenet128"]
-    for name, plan in sizing.PLANS.items():
+    for name, profile in sizing.PLANS.items():
         slow, fast = sizing.table(name, 1e12), sizing.table(name, 2e12)
         key = "hours.cache.this machine"
-        assert slow[key] == pytest.approx(2 * fast[key]) == pytest.approx(plan.pairs * plan.flops() / 1e12 / 3600)
+        assert (
+            slow[key]
+            == pytest.approx(2 * fast[key])
+            == pytest.approx(profile.pairs * sizing.forward_flops(profile) / 1e12 / 3600)
+        )
     monkeypatch.setattr(sizing, "measured_rate", lambda: 1e11)
     assert cli.main(["doctor", "--plan", "cifar10", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["pairs"] == 200_000

@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
 from cmlib.profiles import small_unet
-from cmlib.unet import _FIXED, UNet, timestep_embedding
+from cmlib.unet import _FIXED, UNet, balanced, classes, given, timestep_embedding
 
 DIGITS = small_unet((1, 8, 8), (32, 64), dropout=0.0)
 CIFAR10 = {  # google/ddpm-cifar10-32
@@ -54,6 +54,24 @@ def test_cifar10_teacher_configuration():
     ours = UNet.from_diffusers(theirs)
     assert sum(p.numel() for p in ours.parameters()) == 35_746_307
     assert_same_outputs(ours, theirs, 32, 3, batch=1)
+
+
+def test_classes():
+    """Outputs with labels both ways; a label reaches the network through whatever calls it, and its lack is told."""
+    torch.manual_seed(0)
+    theirs = UNet2DModel(**DIGITS, num_class_embeds=5).eval()
+    ours = UNet.from_diffusers(theirs)
+    assert classes(ours) == 5 and classes(UNet(**DIGITS)) == 0 and "num_class_embeds" not in UNet(**DIGITS).config
+    x, t, labels = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 10.0, 500.0, 999.0]), torch.tensor([4, 0, 2, 2])
+    with torch.no_grad(), given(labels):
+        torch.testing.assert_close(ours(x, t), theirs(x, t, class_labels=labels).sample, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.to_diffusers()(x, t, class_labels=labels).sample, ours(x, t), rtol=1e-5, atol=1e-5)
+        with balanced(ours, torch.tensor([14, 5, 7, 2])):  # the same classes
+            inner = ours(x, t)
+        assert torch.equal(inner, ours(x, t))
+    for missing in (None, labels[:2]):
+        with pytest.raises(ValueError, match="needs a label a row"), given(missing):
+            ours(x, t)
 
 
 def test_training_mode_with_dropout_and_gradients(monkeypatch):

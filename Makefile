@@ -2,8 +2,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 COLAB_TORCH ?= torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu
 INSTALLED := .venv/.installed
+RECIPE ?= runs/recipe
+PROFILE ?= t4
 
-.PHONY: setup demo test test-t4 test-browser test-colab notebooks release badges lint lab clean
+.PHONY: setup demo recipe test test-t4 test-browser test-colab notebooks release badges lint lab clean
 
 $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -15,6 +17,14 @@ setup: $(INSTALLED)  ## make .venv with the tested versions
 
 demo: $(INSTALLED)  ## the whole pipeline on 1,797 digits; QUICK=1 for 90 seconds, ARGS for more options
 	$(BIN)/cmlib demo $(if $(QUICK),--quick) $(ARGS)
+
+recipe: export CMLIB_PROFILE := $(PROFILE)
+recipe: $(INSTALLED)  ## the brief's recipe on CIFAR-10: teacher, 200,000 pairs, both students, FID; stopped, it goes on. PROFILE=ci DATA="--dataset digits" to rehearse
+	test -d $(RECIPE)/teacher || $(BIN)/cmlib cache build --source data --solver posterior_mean --schedule cosine-linear $(DATA) --out $(RECIPE)/cache
+	$(BIN)/cmlib teacher finetune --schedule cosine-linear --patience 5 --refresh $(RECIPE)/cache --resume $(DATA) --out $(RECIPE)/teacher
+	$(BIN)/cmlib distill --objective pair-regression --cache $(RECIPE)/cache --teacher $(RECIPE)/teacher/pipeline --resume $(DATA) --out $(RECIPE)/regression
+	$(BIN)/cmlib distill --teacher $(RECIPE)/teacher/pipeline --resume $(DATA) --out $(RECIPE)/student
+	$(BIN)/cmlib evaluate --teacher $(RECIPE)/teacher/pipeline --checkpoint $(RECIPE)/student/student.pt $(FID) $(DATA) --out $(RECIPE)/evaluation
 
 test: lint  ## linters, types, unit tests, and every notebook at profile ci
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)

@@ -6,6 +6,7 @@ import argparse
 import io
 import os
 import sys
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cmlib import __version__, commands, ranks
+from cmlib.demo import peak_memory_mb
 from cmlib.export import FORMATS
 from cmlib.files import write_json
 from cmlib.ops import seed_everything
@@ -22,6 +24,7 @@ from cmlib.sizing import PLANS
 from cmlib.teacher import SOLVERS
 
 SOLUTIONS = Path(__file__).resolve().parent.parent / "notebooks" / "solutions"
+SCHEDULES = ["linear", "cosine", "cosine-linear"]
 TEACHER = "hub id or folder (default: the profile's)"
 
 
@@ -46,9 +49,7 @@ def _add_teacher(actions: Any) -> None:
         p = _command(actions, name, commands.teacher_train, text)
         p.add_argument("--updates", type=int, help="optimiser steps (default: the profile's)")
         p.add_argument("--lr", type=float, help="peak learning rate (default: the profile's; finetune 2e-4)")
-        p.add_argument(
-            "--schedule", choices=["linear", "cosine", "cosine-linear"], help="of β (default: the teacher's own, else linear)"
-        )
+        p.add_argument("--schedule", choices=SCHEDULES, help="of β (default: the teacher's own, else linear)")
         p.add_argument("--patience", type=int, default=0, help="stop after this many epochs without progress (0: never)")
         p.add_argument("--limit", type=int, help="use this many images")
         p.add_argument("--resume", action="store_true", help="go on exactly where a run in --out stopped")
@@ -66,6 +67,7 @@ def _add_cache(actions: Any) -> None:
     p.add_argument("--teacher", help=TEACHER)
     p.add_argument("--source", choices=["data", "rollout"], help="default: the profile's")
     p.add_argument("--solver", choices=SOLVERS, help="default: the profile's")
+    p.add_argument("--schedule", choices=SCHEDULES, help="of β, if the teacher is to be fine-tuned to it (default: its own)")
     p.add_argument("--pairs", type=int, help="default: the profile's")
     p.add_argument("--delta", type=int, default=1, help="chain steps between x_t and the target, for source data")
     p.add_argument("--steps", type=int, help="steps of a trajectory, for source rollout (default: the profile's)")
@@ -100,6 +102,8 @@ def _add_students(top: Any) -> None:
     p.add_argument("--checkpoint", type=Path, required=True)
     p.add_argument("--teacher", help=TEACHER)
     p.add_argument("--samples", type=int, help="number of samples (default: the profile's)")
+    p.add_argument("--seeds", type=int, help="how many, from --seed on, with half the range (default: 3; 1 at a rough profile)")
+    p.add_argument("--against", type=Path, help="metrics.json of another evaluation; refused if its protocol differs")
     p.add_argument("--fid", action="store_true", help="also FID on Inception features, where its weights are there")
     p.add_argument("--limit", type=int, help="use this many reference images")
 
@@ -207,7 +211,9 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"cannot make the folder --out {args.out} ({error.strerror}); give another") from error
         with ranks.joined():
             seed_everything(args.seed)
-            metrics = args.function(args, profile)
+            begin = time.monotonic()
+            metrics = {**args.function(args, profile), "seconds.command": time.monotonic() - begin, **peak_memory_mb()}
+            print(f"{metrics['seconds.command']:.0f} s, at most {metrics.get('memory.peak_mb', float('nan')):.0f} MB")
             if ranks.is_first():
                 told = {"protocol.seed": args.seed, "protocol.profile": profile.name}
                 write_json(args.out / "metrics.json", {**metrics, **told})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor
 
 from cmlib import compare as comparing
-from cmlib import data, evaluate, parity, pipeline, plots, ranks, recipes, report, sizing
+from cmlib import data, evaluate, parity, pipeline, plots, protocol, ranks, recipes, report, sizing
 from cmlib import demo as demo_run
 from cmlib import export as exporting
 from cmlib import serve as serving
 from cmlib import site as sites
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction
-from cmlib.files import write_json
+from cmlib.files import sha256, write_json
 from cmlib.ops import indexed_normal
 from cmlib.process import DDPM
 from cmlib.profiles import Profile, small_unet
@@ -34,13 +33,18 @@ def demo(args: Namespace, profile: Profile) -> Metrics:
         print(f"Profile {profile.name}: a small cache and short training, so the students are worse than the README's.")
     metrics = demo_run.run(profile, args.out, args.seed, args.full, args.train_teacher)
     print("\n" + report.text(report.table(profile.dataset, metrics)) + "\n\n" + report.verdict(metrics))
-    memory = metrics.get("memory.peak_mb", float("nan"))
-    print(f"\n{metrics['seconds.total']:.0f} s, at most {memory:.0f} MB. Open {args.out / 'report.html'}")
+    print(f"\nOpen {args.out / 'report.html'}")
     return metrics
 
 
 def _teacher(args: Namespace, profile: Profile, images: Tensor | None = None) -> Teacher:
-    return pipeline.load_teacher(args.teacher or profile.teacher, None if images is None else tuple(images.shape[1:]))
+    teacher = pipeline.load_teacher(args.teacher or profile.teacher, None if images is None else tuple(images.shape[1:]))
+    schedule = getattr(args, "schedule", None)
+    return replace(teacher, process=_chain(schedule)) if schedule else teacher
+
+
+def _chain(schedule: str) -> DDPM:
+    return getattr(DDPM, schedule.replace("-", "_"))()
 
 
 def _training_set(args: Namespace, profile: Profile) -> tuple[Profile, Tensor, Tensor | None]:
@@ -53,19 +57,13 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib teacher train` and `cmlib teacher finetune`"""
     profile, images, labels = _training_set(args, profile)
     held_out = data.load(profile.dataset, "test", limit=500)
-    schedules: dict[str, Callable[[], DDPM]] = {
-        "linear": DDPM.linear,
-        "cosine": DDPM.cosine,
-        "cosine-linear": DDPM.cosine_linear,
-    }
     finetune = hasattr(args, "teacher")
     if finetune:
         start = _teacher(args, profile, images)
-        start = replace(start, process=schedules[args.schedule]()) if args.schedule else start
     else:
         unet = UNet(**small_unet(images.shape[1:], profile.widths, 0.1, profile.layers, profile.attention, profile.classes))
-        start = Teacher(unet, schedules[args.schedule or "linear"]())
-    refresh = PairCache.open(args.refresh) if finetune and args.refresh else None
+        start = Teacher(unet, _chain(args.schedule or "linear"))
+    refresh = (PairCache if args.resume else PairCache.open)(args.refresh) if finetune and args.refresh else None
     batches = pipeline.stream(profile, images, labels, args.seed, start.unet)
     before = pipeline.epsilon_error(start.process, start.unet.eval(), *held_out)
     teacher, history = pipeline.train_teacher(
@@ -107,7 +105,7 @@ def teacher_eval(args: Namespace, profile: Profile) -> Metrics:
         plots.samples({f"DDIM-{args.steps}": _seen(profile, fakes), "real": _seen(profile, held_out[0])}),
         args.out / "samples.png",
     )
-    few = (part if part is None else part[:500] for part in held_out)
+    few = held_out[0][:500], held_out[1] if held_out[1] is None else held_out[1][:500]
     found = {"mse.held_out": pipeline.epsilon_error(teacher.process, teacher.unet, *few)}
     features = pipeline.Features.of(profile.dataset, args.out, images, labels, held_out)
     for name, drawn in {"real": held_out[0], f"teacher_ddim{args.steps}": fakes}.items():
@@ -211,12 +209,8 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
     found = {"loss.first": history[0]["loss"], "loss.last": history[-1]["loss"], "seconds.total": history[-1]["seconds"]}
     if plain:
         assert cache is not None
-        batch = next(cache.loader(1_000, args.seed + 1))
-        with given(batch.get("label")):
-            error = evaluate.pair_error(trained, batch)
-        print(
-            "One reverse step, not a one-step sampler: no student.pt, only what the regression reached beside the identity map."
-        )
+        error = protocol.validation(trained, cache, teacher, data.load(profile.dataset, "test", limit=1_000)[0], args.out)
+        print("One reverse step, not a one-step sampler: no student.pt, only what the regression reached on held-out pairs.")
         return _say({**found, "mse.regression": error["model"], "mse.identity": error["identity"], "mse.skill": error["skill"]})
     if not isinstance(trained, ConsistencyFunction):
         print(f"{args.objective} makes no ConsistencyFunction: no student.pt, only the training's checkpoint and samples.")
@@ -250,14 +244,17 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     shape = f.image_shape
     teacher = _teacher(args, profile, images)
     n = min(args.samples or profile.samples, len(images))
-    found: Metrics = {}
-    fakes = {f"student_{k}": pipeline.draw(f, n, k, shape, args.seed) for k in (1, 2)}
-    fakes["teacher_ddim50"] = pipeline.draw_teacher(teacher, n, 50, "ddim", shape, args.seed)
     features = pipeline.Features.of(profile.dataset, args.out, images, labels, held_out)
-    for name, drawn in {"real": held_out[0], **fakes}.items():
-        found |= features.compare(name, drawn)
-    if args.fid:
-        found |= {f"fid.{name}": evaluate.inception_fid(images, drawn) for name, drawn in fakes.items()}
+    seeds = range(args.seed, args.seed + (args.seeds or (1 if profile.rough else 3)))
+    told = {**features.protocol, "protocol.n": n, "protocol.seeds": " ".join(map(str, seeds))}
+    told |= {"protocol.student": sha256(args.checkpoint), "protocol.teacher": teacher.hash()}
+    other = protocol.comparable(args.against, told) if args.against else None
+    found: Metrics = features.compare("real", held_out[0])
+    fid = evaluate.FID(images) if args.fid else None
+    key = [told[f"protocol.{k}"] for k in ("student", "teacher", "n")]
+    distances, figure = protocol.measured(protocol.generators(f, teacher, n), seeds, features, fid, key, args.out)
+    plots.save(figure, args.out / "bias.png")
+    found |= distances
     few = held_out[0][:64]
     with given(held_out[1] if held_out[1] is None else held_out[1][:64]):
         indices, distance = evaluate.reconstruction_error(f, few, teacher.process, profile.timesteps, args.seed, f.sigma_max)
@@ -272,15 +269,10 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     curve = plots.curves({"student": (levels, gap)}, "noise level σ", "RMS of f(x_t, t) − x_end", "Self-consistency gap")
     plots.save(curve, args.out / "gap.png")
     found |= {"distance.student": float(distance.mean()), "gap.student": float(gap.mean())}
-    return _say(
-        {
-            **found,
-            **features.protocol,
-            "protocol.n": n,
-            "protocol.timesteps": profile.timesteps,
-            "protocol.n_distance": len(few),
-        }
-    )
+    _say(found := found | told | {"protocol.timesteps": profile.timesteps, "protocol.n_distance": len(few)})
+    if other:
+        print(f"\n{protocol.beside(found, other)}")
+    return found
 
 
 def compare(args: Namespace, profile: Profile) -> Metrics:

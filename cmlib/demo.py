@@ -217,10 +217,11 @@ def draw_figures(
 
 
 def peak_memory_mb() -> dict[str, float]:
-    """Largest resident size of this process so far, in MiB, where the system says it."""
+    """Largest resident size of this process so far, in MiB, where the system says it; and of its tensors on a GPU."""
     try:
         import resource
     except ImportError:
         return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"memory.peak_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)}
+    found = {"memory.peak_mb": round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)}
+    return found | ({"memory.gpu_peak_mb": torch.cuda.max_memory_allocated() / 2**20} if torch.cuda.is_available() else {})

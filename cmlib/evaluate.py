@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,14 +102,15 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
+def seen(classifier: Classifier, images: Tensor) -> Tensor:
+    """Features [B,dim] of one batch of uint8 images, or of float images after the same rounding that saving them would do."""
+    rounded = images if images.dtype == torch.uint8 else to_uint8(images)
+    return classifier.features(to_float(rounded).to(device_of(classifier))).cpu()
+
+
 def features(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Features [N,dim] of uint8 images, or of float images after the same rounding to uint8 that saving them would do."""
-
-    def of(part: Tensor) -> Tensor:
-        rounded = part if part.dtype == torch.uint8 else to_uint8(part)
-        return classifier.features(to_float(rounded).to(device_of(classifier))).cpu()
-
-    return ranks.dealt(images.split(batch_size), of)
+    """Features [N,dim] of images. Several ranks share the batches."""
+    return ranks.dealt(images.split(batch_size), partial(seen, classifier))
 
 
 def _two_sets(real: Tensor, fake: Tensor, least: int, what: str) -> tuple[Tensor, Tensor]:
@@ -133,11 +135,17 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     return float((real.mean(0) - fake.mean(0)).pow(2).sum() + a.trace() + b.trace() - 2 * root)
 
 
-def frechet_limit(real: Tensor, fake: Tensor, parts: Sequence[int] = (1, 2, 3, 4, 6)) -> tuple[float, float]:
-    """What the distance tends to with more fakes, and the slope c: the line limit + c/N through the mean distances of
-    `fake` cut into 1, 2, … parts (Chong & Forsyth 2020). The bias that comes from the number of `real` stays in the limit."""
-    means = [np.mean([frechet_distance(real, part) for part in fake.tensor_split(k)]) for k in parts]
-    slope, limit = np.polyfit(np.array(parts) / len(fake), means, 1)
+def frechet_against_n(real: Tensor, fake: Tensor, parts: Sequence[int] = (1, 2, 3, 4, 6)) -> tuple[Tensor, Tensor]:
+    """(N, mean distance) with `fake` cut into 1, 2, … parts: how much of a distance is owed to few images."""
+    means = [torch.tensor([frechet_distance(real, part) for part in fake.tensor_split(k)]).mean() for k in parts]
+    return len(fake) / torch.tensor(parts), torch.stack(means)
+
+
+def frechet_limit(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    """What the distance tends to with more fakes, and the slope c: the line limit + c/N through `frechet_against_n`
+    (Chong & Forsyth 2020). The bias that comes from the number of `real` stays in the limit."""
+    n, means = frechet_against_n(real, fake)
+    slope, limit = np.polyfit(1 / n, means, 1)
     return float(limit), float(slope)
 
 
@@ -169,22 +177,46 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     return covered(fake, real), covered(real, fake)
 
 
-def inception_fid(real: Tensor, fake: Tensor, batch_size: int = 100) -> float:
-    """FID (2048 Inception features) of uint8 RGB images by torchmetrics; needs torch-fidelity and its weights."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
+class FID:
+    """FID to uint8 images `real`, by torchmetrics on `feature` (2048: torch-fidelity's Inception). It keeps sums alone, so
+    memory does not grow with N; under torchrun each rank adds its own images, and the distance is of all."""
 
-    try:
-        metric = FrechetInceptionDistance(feature=2048)
-    except (ModuleNotFoundError, OSError) as error:
-        raise ValueError(
-            "FID needs torch-fidelity and its Inception weights: pip install torch-fidelity, and a first run with network"
-        ) from error
-    for images, is_real in ((real, True), (fake, False)):
+    def __init__(self, real: Tensor, feature: int | nn.Module = 2048):
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        try:
+            self.metric = FrechetInceptionDistance(feature=feature, reset_real_features=False).set_dtype(torch.float64)
+        except (ModuleNotFoundError, OSError) as error:
+            raise ValueError(
+                "FID needs torch-fidelity and its Inception weights: pip install torch-fidelity, and a first run with network"
+            ) from error
+        self.metric.to("cuda" if torch.cuda.is_available() else "cpu")
+        rank, world = ranks.here()
+        for part in real.split(100)[rank::world]:
+            self._update(part, real=True)
+
+    def _update(self, images: Tensor, real: bool) -> None:
         if images.dtype != torch.uint8:
             raise ValueError("FID takes uint8 images; round them with cmlib.data.to_uint8")
-        for part in images.split(batch_size):
-            metric.update(part.expand(-1, 3, -1, -1), real=is_real)
-    return float(metric.compute())
+        self.metric.update(images.expand(-1, 3, -1, -1).to(self.metric.device), real=real)
+
+    def add(self, images: Tensor) -> None:
+        """Count uint8 images [B,C,H,W] among the fakes."""
+        self._update(images, real=False)
+
+    def distance(self) -> float:
+        """The distance of the fakes added so far; the next `add` begins anew."""
+        found = float(self.metric.compute())
+        self.metric.reset()
+        return found
+
+
+def inception_fid(real: Tensor, fake: Tensor) -> float:
+    """FID (2048 Inception features) of uint8 images; needs torch-fidelity and its weights."""
+    fid = FID(real)
+    for part in fake.split(100):
+        fid.add(part)
+    return fid.distance()
 
 
 # ---- errors as functions of the noise level

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,6 +95,7 @@ class Features:
         right = float("nan") if checked[1] is None else evaluate.accuracy(classifier, checked[0], checked[1])
         protocol = {
             "protocol.reference": f"{dataset} train split, {len(images)} images",
+            "protocol.reference_sha256": data.fingerprint(images),
             "protocol.features": f"{path.name}, sha256 {sha256(path)[:12]}, accuracy {right:.3f}"
             + (" at telling four ways up apart" if labels is None else ""),
             "protocol.rounding": "float [-1, 1] -> uint8, rounded",
@@ -112,20 +114,32 @@ class Features:
         """fd_<dataset> of uint8 images to the reference."""
         return evaluate.frechet_distance(self.reference, evaluate.features(self.classifier, fakes))
 
-    def compare(self, name: str, fakes: Tensor) -> dict[str, float]:
-        """fd_<dataset>, KID, precision and recall of `fakes`; and the distance of as many of them as there are held-out
-        real images, which is what compares with `real`."""
-        drawn = evaluate.features(self.classifier, fakes)
-        precision, recall = evaluate.precision_recall(self.reference, drawn)
-        found = {
-            f"fd_{self.dataset}.{name}": evaluate.frechet_distance(self.reference, drawn),
-            f"kid.{name}": evaluate.kernel_distance(self.reference, drawn),
-            f"precision.{name}": precision,
-            f"recall.{name}": recall,
-        }
-        if len(drawn) > self.n_real:
-            found[f"fd_{self.dataset}.{name}_at_n_real"] = evaluate.frechet_distance(self.reference, drawn[: self.n_real])
-        return found
+    def see(self, images: Tensor) -> Tensor:
+        """The features of one batch: what `draw` is told to keep, so that memory does not grow by whole images."""
+        return evaluate.seen(self.classifier, images)
+
+    def compare(self, name: str, *sets: Tensor) -> dict[str, float]:
+        """fd_<dataset>, KID, precision and recall of a set of images, or of features that `see` kept; and the distance of as
+        many of them as there are held-out real images, which is what compares with `real`.
+
+        Of several sets, a seed each: the means, and of the distance also `_spread`, half its range.
+        """
+        rows = []
+        for fakes in sets:
+            drawn = fakes if fakes.ndim == 2 else evaluate.features(self.classifier, fakes)
+            precision, recall = evaluate.precision_recall(self.reference, drawn)
+            row = {
+                f"fd_{self.dataset}.{name}": evaluate.frechet_distance(self.reference, drawn),
+                f"kid.{name}": evaluate.kernel_distance(self.reference, drawn),
+                f"precision.{name}": precision,
+                f"recall.{name}": recall,
+            }
+            if len(drawn) > self.n_real:
+                row[f"fd_{self.dataset}.{name}_at_n_real"] = evaluate.frechet_distance(self.reference, drawn[: self.n_real])
+            rows.append(row)
+        fd = [row[f"fd_{self.dataset}.{name}"] for row in rows]
+        spread = {f"fd_{self.dataset}.{name}_spread": (max(fd) - min(fd)) / 2} if len(fd) > 1 else {}
+        return {key: statistics.mean(row[key] for row in rows) for key in rows[0]} | spread
 
 
 # ---- teacher
@@ -267,13 +281,23 @@ def distill(
     return cast(Student, average.eval()), history
 
 
-def draw(f: Any, n: int, evaluations: int, shape: tuple[int, ...], seed: int, batch: int = 500) -> Tensor:
-    """n uint8 images from f; image i depends on (seed, i) alone, and so does its class. Several ranks share the batches."""
+Keep = Callable[[Tensor], Tensor]  # what is kept of a batch of images: themselves, or a row of features each
+
+
+def _themselves(images: Tensor) -> Tensor:
+    return images
+
+
+def draw(
+    f: Any, n: int, evaluations: int, shape: tuple[int, ...], seed: int, batch: int = 500, keep: Keep = _themselves
+) -> Tensor:
+    """n uint8 images from f, or what `keep` makes of them; image i depends on (seed, i) alone, its class on i. Several ranks
+    share the batches."""
 
     def part(index: Tensor) -> Tensor:
         noise = [indexed_normal(SAMPLING_SEED + seed, index, shape, k) for k in range(evaluations)]
         with balanced(f, index):
-            return data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)).cpu()
+            return keep(data.to_uint8(sample(f, noise, f.levels(evaluations), f.sigma_min)).cpu())
 
     return ranks.dealt(torch.arange(n).split(batch), part)
 
@@ -288,9 +312,17 @@ def _step_noise(seed: int, index: Tensor, shape: tuple[int, ...], k: int) -> Ten
 
 
 def draw_teacher(
-    teacher: Teacher, n: int, steps: int, solver: str, shape: tuple[int, ...], seed: int, batch: int = 100
+    teacher: Teacher,
+    n: int,
+    steps: int,
+    solver: str,
+    shape: tuple[int, ...],
+    seed: int,
+    batch: int = 100,
+    keep: Keep = _themselves,
 ) -> Tensor:
-    """n uint8 images from the teacher, from the same noise as `draw`. Several ranks share the batches."""
+    """n uint8 images from the teacher, or what `keep` makes of them, from the same noise as `draw`. Several ranks share the
+    batches."""
     quiet = None if ranks.is_first() else True
     with tqdm(desc=f"{n} images, {steps} {solver} steps", unit="batch", leave=False, disable=quiet) as bar:
 
@@ -300,6 +332,6 @@ def draw_teacher(
             with balanced(teacher.unet, index):
                 images = data.to_uint8(teacher.sample(noise, steps, solver, draw=fresh)).cpu()
             bar.update()
-            return images
+            return keep(images)
 
         return ranks.dealt(torch.arange(n).split(batch), part)

@@ -25,7 +25,7 @@ def test_frechet_distance_of_gaussians_in_closed_form():
     found = evaluate.frechet_distance(normal(400, 5), normal(300, 5, 0.7, 1.5, 1))
     assert found == pytest.approx(5 * 0.7**2 + 5 * 0.5**2, rel=1e-6)
     assert evaluate.frechet_distance(normal(400, 5), normal(400, 5)) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(ValueError, match="at least 2 images"):
         evaluate.frechet_distance(normal(400, 5), normal(300, 5)[:1])
 
 

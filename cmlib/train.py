@@ -75,7 +75,15 @@ class _Run:
     """What training changes, and its checkpoint."""
 
     def __init__(
-        self, model: nn.Module, mu: Any, ema: float, optimizer: str, lr: float, weight_decay: float, settings: dict[str, Any]
+        self,
+        model: nn.Module,
+        mu: Any,
+        ema: float,
+        optimizer: str,
+        lr: float,
+        weight_decay: float,
+        settings: dict[str, Any],
+        scaler: Any,
     ):
         optimizers = {"adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
         if optimizer not in optimizers:
@@ -86,7 +94,7 @@ class _Run:
         self.target = EMA(model, mu) if mu else None
         if self.target:
             self.target.model.train()  # the same dropout mask in both branches
-        self.scaler: Any = None  # fp16's loss scale
+        self.scaler = scaler  # fp16's loss scale
         self.step = 0
         self.history: list[dict[str, float]] = []
 
@@ -163,6 +171,14 @@ def _accelerator(precision: str) -> Any:
     return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
 
 
+def _check_finite(values: list[Tensor], step: int, checkpoint: Path | None) -> None:
+    """Raises FloatingPointError unless the loss, which comes first, and the weights are finite."""
+    if not all(bool(v.isfinite().all()) for v in values):
+        kept = f"; the last good checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
+        why = f"loss {values[0].item()} or a weight is not finite at step {step}"
+        raise FloatingPointError(f"{why}{kept}. Lower the learning rate or check the data.")
+
+
 def fit(
     model: nn.Module,
     objective: Any,
@@ -207,8 +223,7 @@ def fit(
     settings |= {"seed": seed, "precision": precision, **(provenance or {})}
     accelerator = _accelerator(precision)
     ranks.alike(model.to(accelerator.device))  # before the averages copy it
-    run = _Run(model, objective.mu, ema, optimizer, lr, weight_decay, settings)
-    run.scaler = accelerator.scaler
+    run = _Run(model, objective.mu, ema, optimizer, lr, weight_decay, settings, accelerator.scaler)
     checkpoint = Path(folder) / "checkpoint.pt" if folder else None
     if checkpoint:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -216,11 +231,11 @@ def fit(
             run.restore(checkpoint)
     model.zero_grad()  # whoever made it may have left gradients, as `warm_start`'s own training does
     wrapped, run.optimizer = accelerator.prepare(model.train(), run.optimizer)
-    for function in (model, run.target.model) if run.target else (model,):
-        if compiler:  # f's network alone, which teacher and students share, so that it is compiled once
+    if compiler:  # f's network alone, which teacher and students share, so that it is compiled once
+        for function in (model, run.target.model) if run.target else (model,):
             getattr(function, "net", function).compile(backend=compiler)
-    start = run.step
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=None if ranks.is_first() else True)
+    start, quiet = run.step, None if ranks.is_first() else True
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=quiet)
     losses, began = list[Tensor](), time.monotonic()
     for step, batch in zip(bar, batches(start), strict=False):
         batch, whole, weight = _share(batch, accelerator.device)
@@ -229,22 +244,18 @@ def fit(
         with accelerator.autocast(), whole, given(batch.get("label")):
             loss = objective(wrapped, run.target.model if run.target else model, batch, step, generator)[0].mean() * weight
         saving, mean = (step + 1) % every == 0 or step + 1 == steps, accelerator.reduce(loss.detach(), "mean")
-        if not torch.isfinite(mean) or (saving and not all(bool(p.isfinite().all()) for p in model.parameters())):
-            kept = f"; the last good checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
-            raise FloatingPointError(
-                f"loss {mean.item()} or a weight is not finite at step {step}{kept}. Lower the learning rate or check the data."
-            )
+        _check_finite([mean, *model.parameters()] if saving else [mean], step, checkpoint)
         accelerator.backward(loss)
         if grad_clip:
             accelerator.clip_grad_norm_(wrapped.parameters(), grad_clip)
         run.finish_step(learning_rate(step, steps, lr, warmup, schedule))
         losses.append(mean)
         if saving:
-            seconds = time.monotonic() - began + (run.history[-1]["seconds"] if run.history else 0.0)
-            row = {"step": run.step, "loss": float(torch.stack(losses).mean()), "seconds": round(seconds, 1)}
-            row = ranks.told(row | ((on_every(run.step, run.average.model) if on_every else None) or {}))
-            losses, began = [], time.monotonic()
+            seconds = round(time.monotonic() - began + (run.history[-1]["seconds"] if run.history else 0.0), 1)
+            more = on_every(run.step, run.average.model) if on_every else None
+            row = ranks.told({"step": run.step, "loss": float(torch.stack(losses).mean()), "seconds": seconds} | (more or {}))
             run.history.append(row)
+            losses, began = [], time.monotonic()
             bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k in ("loss", "held_out")})
             if checkpoint and accelerator.is_main_process:
                 run.save(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 import os
 from collections.abc import Iterable, Iterator
@@ -201,7 +202,10 @@ def stream(name: str, batch_size: int, seed: int = 0, start: int = 0) -> Iterato
     if batch_size % world:
         raise ValueError(f"a streamed batch of {batch_size} cannot be shared equally by {world} processes")
     found = _open(name, "train", streaming=True)
-    shuffled = found.part.cast_column(found.column, datasets.Image(decode=False)).shuffle(seed=seed, buffer_size=BUFFER)
+    undecoded = found.part.cast_column(found.column, datasets.Image(decode=False))
+    known = inspect.signature(undecoded.shuffle).parameters
+    alone = {"max_buffer_input_shards": 1} if "max_buffer_input_shards" in known else {}  # else every rank reads every file
+    shuffled = undecoded.shuffle(seed=seed, buffer_size=BUFFER, **alone)  # (huggingface/datasets#8669)
     mine, image = split_dataset_by_node(shuffled, rank, world), datasets.Image()
 
     def rows() -> Iterator[dict[str, Any]]:

@@ -30,10 +30,11 @@ TAGS = (
 )
 SAFE = {
     "href": r"(https?|mailto):.*",
-    "src": r"data:image/(png|jpeg|gif|webp);base64,[\w+/=\s]*",
+    "src": r"data:image/(png|jpeg|gif|webp);base64,[\w+/=\s]*|https://colab\.research\.google\.com/assets/colab-badge\.svg",
     "alt": r".*",
     "class": r"[\w -]*",
 }
+STYLE = "<style>th, td { padding: 0 .8em .2em 0; vertical-align: top } pre { white-space: pre-wrap }</style></head>"
 MANUAL = ("learner", "exercise", "line", "max", "points", "comment")
 Row = dict[str, Any]
 
@@ -84,13 +85,18 @@ def begin(out: Path, known: Mapping[str, GradedExercise]) -> None:
 
 
 def harmless(markdown: str) -> str:
-    """A learner's Markdown as HTML that runs nothing: no script, no handler, links to the web and embedded pictures alone."""
+    """A learner's Markdown as HTML that runs nothing: no script, no handler, links to the web and embedded pictures alone.
+
+    Where it has more than 500 angle brackets it stays text, as reading nested HTML takes the square of its depth.
+    """
     from bleach import clean
     from nbconvert.filters import markdown2html
 
     def kept(tag: str, name: str, value: str) -> bool:
         return name in SAFE and bool(re.fullmatch(SAFE[name], value, re.S))
 
+    if markdown.count("<") > 500:
+        return f"<pre>{html.escape(markdown)}</pre>"
     return clean(markdown2html(markdown), TAGS.split(), kept, protocols=["http", "https", "mailto", "data"])
 
 
@@ -195,6 +201,7 @@ def feedback(out: Path, result: Result) -> None:
     """One page for the learner: the notebook with points, verdicts and comments, by nbgrader's template."""
     import nbgrader
     from nbconvert.exporters import HTMLExporter
+    from nbgrader.api import Gradebook
     from nbgrader.preprocessors import GetGrades
     from traitlets.config import Config
 
@@ -208,6 +215,11 @@ def feedback(out: Path, result: Result) -> None:
     page, _ = HTMLExporter(config=setting).from_filename(
         str(autograded(out, result)), resources=resources(out, result.exercise, result.learner)
     )
+    with Gradebook(database(out)) as book:
+        entry = book.find_submission_notebook(result.exercise, result.exercise, result.learner)
+        waiting = sum(bool(grade.needs_manual_grade) for grade in entry.grades)
+    told = f"<p>{waiting} answers wait for a person; until then their score stands at what it was, or 0.</p>" if waiting else ""
+    page = page.replace("</head>", STYLE, 1).replace('<div id="toc">', f'{told}<div id="toc">', 1)
     path = out / "feedback" / result.learner / f"{result.exercise}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(page.encode()))
@@ -218,7 +230,7 @@ def distribution(rows: Sequence[Row], known: Mapping[str, GradedExercise]) -> Fi
     named = {name: [r for r in rows if r["exercise"] == name and r["graded"] == "yes"] for name in known}
     shown = {name: mine for name, mine in named.items() if mine}
     rows_of_panels = max(1, len(shown))
-    size = (6, 2.2 * rows_of_panels + 0.4)
+    size = (8.5, 2.2 * rows_of_panels + 0.4)
     figure, axes = plt.subplots(rows_of_panels, figsize=size, squeeze=False, layout="constrained")
     for ax, (name, mine) in zip(axes[:, 0], shown.items(), strict=False):
         top = int(mine[0]["max"])
@@ -228,8 +240,9 @@ def distribution(rows: Sequence[Row], known: Mapping[str, GradedExercise]) -> Fi
         ax.hist(both[0], bins, histtype="step", color=plots.COLOURS[1], linewidth=2, label="by code alone")
         waiting = sum(bool(r["to grade"]) for r in mine)
         ax.set(xlabel=f"points of {top}", ylabel="submissions", title=f"{name}, {waiting} of {len(mine)} not complete")
-        ax.yaxis.get_major_locator().set_params(integer=True)
-        ax.legend(frameon=False)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
@@ -251,13 +264,15 @@ def summary(out: Path, rows: Sequence[Row], known: Mapping[str, GradedExercise],
     plots.save(distribution(rows, known), out / "scores.png")
     picture = base64.b64encode((out / "scores.png").read_bytes()).decode()
     alike = ", ".join(f"{p['learner_a']} and {p['learner_b']} ({p['kind']}, {p['share']:.0%})" for p in pairs if p["flagged"])
+    shown = ("exercise", "total", "max")
     page = PAGE.format(
         title="Grades",
         lead=html.escape(lead),
         head=line(["rubric line", "graded by", "points", "mean", "graded"], "th"),
         body="".join(body),
         verdict=html.escape(f"Similar: {alike}." if alike else "No two submissions are conspicuously similar."),
+        below="Every submission: its flags, points, and the most there are",
         figures=FIGURE.format(alt="Histograms of points, an exercise a panel.", data=picture),
-        numbers="".join(line([f"{r['learner']}: {r['flags']}", r["exercise"], r["total"], r["max"]]) for r in rows),
+        numbers="".join(line([": ".join(filter(None, (r["learner"], r["flags"]))), *map(r.get, shown)]) for r in rows),
     )
     write_atomically(out / "summary.html", lambda file: file.write(page.encode()))

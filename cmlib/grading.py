@@ -24,7 +24,7 @@ from nbformat import NotebookNode
 from torch import Tensor
 from tqdm import tqdm
 
-from cmlib import gradebook, sandbox
+from cmlib import gradebook, sandbox, submissions
 from cmlib.files import read_sealed, write_atomically, write_sealed
 from cmlib.gradebook import Result
 from cmlib.handin import FOLDER, SEED, Work, seed_of
@@ -104,6 +104,8 @@ def grade_one(
     mine = "\n".join(c.source for c in theirs.cells if c.source not in {c.source for c in exercise.student.cells})
     if words := sorted(set(READ_ME.findall(mine))):
         result.flags.append(f"mentions {', '.join(words)}: read it")
+    if same := submissions.published(exercise, notebook):
+        result.flags.append(f"{', '.join(same)}: the published solution, word for word")
     with tempfile.TemporaryDirectory(prefix="cmlib-", ignore_cleanup_errors=True) as name:
         folder = Path(name).resolve()
         bare = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c.source) for c in notebook.cells if "outputs" in c])
@@ -153,13 +155,9 @@ def _executed(path: Path) -> list[NotebookNode]:
 
 
 def _write_graded(notebook: NotebookNode, result: Result, out: Path) -> None:
-    """The notebook with verdicts as outputs, its other outputs made harmless, where nbgrader looks for it."""
-    from nbconvert.preprocessors.sanitize import SanitizeHTML
-
-    for k, cell in enumerate(notebook.cells):
+    """The notebook with verdicts as outputs, where nbgrader looks for it."""
+    for cell in notebook.cells:
         info = cell.metadata.get("nbgrader", {})
-        if cell.cell_type == "code":  # Markdown is made harmless where it becomes HTML
-            SanitizeHTML().preprocess_cell(cell, {}, k)
         if info.get("grade") and not info.get("solution"):
             wrong = result.lines[info["grade_id"]]
             cell.outputs = [o for o in cell.outputs if o.output_type == "stream" and o.name == "stdout"]
@@ -184,11 +182,11 @@ def grade(source: Path, folder: Path, out: Path) -> dict[str, Any]:
     """Grade every submission in `source` against the solved exercises in `folder`; a second run goes on, and merges points
     that a person gave meanwhile. Writes grades.csv, manual.csv, feedback/, similarity.csv, summary.html; returns metrics."""
     begin = time.monotonic()
-    submissions, known, isolation = collect(source), exercises(folder), sandbox.level()
+    found, known, isolation = collect(source), exercises(folder), sandbox.level()
     (out / "state").mkdir(parents=True, exist_ok=True)
     gradebook.begin(out, known)
     merged = gradebook.merge_manual(out, known)
-    read, lost = _sort(submissions, known)
+    read, lost = _sort(found, known)
     salt = out / "state" / "salt"
     if not salt.exists():
         write_atomically(salt, lambda file: file.write(secrets.token_hex(16).encode()))
@@ -217,6 +215,7 @@ def grade(source: Path, folder: Path, out: Path) -> dict[str, Any]:
     )
     gradebook.summary(out, rows, known, lead, pairs)
     print(lead)
+    print(f"Now read {out / 'summary.html'}, fill in {out / 'manual.csv'}, and give the same command again.")
     return {
         "submissions": len(results),
         "submissions.graded": len(graded),
@@ -226,11 +225,11 @@ def grade(source: Path, folder: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def _sort(submissions: list[Submission], known: dict[str, GradedExercise]) -> tuple[dict, list[Result]]:
+def _sort(found: list[Submission], known: dict[str, GradedExercise]) -> tuple[dict, list[Result]]:
     """The newest readable submission of every learner and exercise, and a result for each that cannot be graded."""
     read: dict[tuple[str, str], tuple[Submission, NotebookNode]] = {}
     lost = []
-    for submission in sorted(submissions, key=lambda s: (s.order, s.file)):
+    for submission in sorted(found, key=lambda s: (s.order, s.file)):
         notebook = None
         try:
             notebook = None if submission.data is None else parse(submission.data)

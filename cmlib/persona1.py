@@ -38,8 +38,9 @@ def others(x0: Tensor) -> float:
 
 def _network(x: Tensor, t: Tensor) -> Tensor:
     """A stand-in for the student, and strict about its input."""
-    if t.shape != (len(x),):
-        raise ValueError(f"t must hold one noise level an image, shape [{len(x)}], got {list(t.shape)}")
+    if not isinstance(t, Tensor) or t.shape != (len(x),):
+        got = list(t.shape) if isinstance(t, Tensor) else f"the {type(t).__name__} {t}"
+        raise ValueError(f"t must hold one noise level an image, shape [{len(x)}], got {got}")
     return torch.tanh(x / expand_like((1 + t**2).sqrt(), x))
 
 

@@ -52,9 +52,13 @@ def _score(x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor) -> Tensor:
     return (x_r - x_t) / expand_like(t * (t - r), x_t)
 
 
-def _correction(x0_hat: Tensor, x_t: Tensor, t: Tensor, score: Tensor, sigma_data: float) -> Tensor:
-    guess = x_t + expand_like(gamma(t, sigma_data), x_t) * score
-    return sigma_data**2 / (t**2 + sigma_data**2) * mse(x0_hat, guess)
+def _gamma(t: Tensor, s: float) -> Tensor:
+    return gamma(t, s)
+
+
+def _correction(x0_hat: Tensor, x_t: Tensor, t: Tensor, score: Tensor, s: float) -> Tensor:
+    guess = x_t + expand_like(gamma(t, s), x_t) * score
+    return s**2 / (t**2 + s**2) * mse(x0_hat, guess)
 
 
 def _slopes(t: Tensor, gap: Tensor) -> Tensor:
@@ -75,6 +79,9 @@ EXERCISES = {
         [(_X, _T, _Y, _R)],
         {
             "the score points to the data, as x_r − x_t does; your sign is reversed": lambda *a: -_score(*a),
+            "t² − r² belongs to a posterior mean; a DDIM step is t·(t − r) times the score": lambda x_t, t, x_r, r: (
+                (x_r - x_t) / expand_like(t**2 - r**2, x_t)
+            ),
             "x_r is one step, not the clean image; you divided by t²": lambda x_t, t, x_r, r: (
                 (x_r - x_t) / expand_like(t**2, x_t)
             ),
@@ -85,11 +92,14 @@ EXERCISES = {
         },
     ),
     "gamma": Exercise(
-        gamma,
+        _gamma,
         [(_T, 0.5), (_T, 1.3)],
         {
             "t² is Tweedie's and gives the mean of x0, not the end of the path": lambda t, s: t**2,
             "t²/2 is the limit for small t; at large t it is far too large": lambda t, s: t**2 / 2,
+            "the score divides by s² + t², and you by its root: multiply by √(t² + s²)": lambda t, s: (
+                gamma(t, s) / (t**2 + s**2) ** 0.5
+            ),
             "the sign: γ is positive where the score is added": lambda t, s: -gamma(t, s),
             "f at t lands on the data's own spread s, not on 0; that is t² + s²": lambda t, s: t**2 + s**2,
         },
@@ -99,7 +109,10 @@ EXERCISES = {
         [(_Y, _X, _T, _X.cos(), 0.5), (_X, _Y, _T, _Y.sin(), 1.3)],
         {
             "the score is added: x + γ·∇log p; you subtracted it": lambda a, x, t, score, s: _correction(a, x, t, -score, s),
-            "the weight σ_d²/(t² + σ_d²) is missing": lambda a, x, t, score, s: (
+            "the end of the path needs your γ; t² is Tweedie's": lambda a, x, t, score, s: (
+                s**2 / (t**2 + s**2) * mse(a, x + expand_like(t**2, x) * score)
+            ),
+            "the weight s²/(t² + s²) is missing": lambda a, x, t, score, s: (
                 _correction(a, x, t, score, s) * (t**2 + s**2) / s**2
             ),
             "one number an image; you averaged over the batch": lambda *a: _correction(*a).mean(),

@@ -107,7 +107,7 @@ img {{ max-width: 100%; background: white; border-radius: 4px; }}
 <div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>
 <p>{verdict}</p>
 {figures}
-<h2>Protocol and every number</h2>
+<h2>{below}</h2>
 <div class="wide"><table><tbody>{numbers}</tbody></table></div>
 </body></html>
 """
@@ -141,6 +141,7 @@ def write(out: Path, profile: Profile, metrics: dict[str, Any], captions: dict[s
         body="".join(line(r, "td") for r in rows[1:]),
         verdict=html.escape(verdict(metrics)),
         figures=figures,
+        below="Protocol and every number",
         numbers="".join(line([k, f"{v:.5g}" if isinstance(v, float) else str(v)], "td") for k, v in sorted(metrics.items())),
     )
     write_atomically(out / "report.html", lambda file: file.write(page.encode()))

@@ -16,13 +16,12 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
 
+ROOM = 500_000  # bytes of a cell's outputs
 KILLED = 9  # exit status: a cell ended its own kernel, so those after it did not run
 
 
 class Client(NotebookClient):
-    """Goes on after an error or a cell that takes too long, and keeps at most `room` bytes of output a cell."""
-
-    room = 500_000
+    """Goes on after an error or a cell that takes too long, and keeps at most ROOM bytes of output a cell."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -32,8 +31,8 @@ class Client(NotebookClient):
         if msg["msg_type"] in ("stream", "display_data", "update_display_data", "execute_result", "error"):
             before = self.shown[cell_index]
             self.shown[cell_index] += len(json.dumps(msg["content"]))
-            if self.shown[cell_index] > self.room:
-                if before <= self.room:
+            if self.shown[cell_index] > ROOM:
+                if before <= ROOM:
                     cell.outputs.append(nbformat.v4.new_output("stream", text="\n… the rest of this output was cut off\n"))
                 return None
         return super().process_message(msg, cell, cell_index)
@@ -52,6 +51,7 @@ def main() -> None:
         interrupt_on_timeout=True,
         allow_errors=True,
         store_widget_state=False,
+        coalesce_streams=True,
         on_cell_executed=lambda **_: nbformat.write(notebook, "executed.ipynb"),
     )
     try:

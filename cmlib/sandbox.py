@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/fonts", "/etc/ld.so.cache"]
 STOP = threading.Event()  # set: whatever runs here is killed
 USERS = itertools.count()
+UNCOVERED = 97  # exit status: a place could not be hidden, so nothing ran
 PROBE = """import os, pathlib, subprocess, sys, cmlib.runner
 files = (pathlib.Path(cmlib.__file__).parents[1] / "data").rglob("*")
 seen = all(os.access(f, os.R_OK) for f in files)
@@ -68,6 +69,11 @@ def _bubblewrap(folder: Path, hidden: Sequence[Path]) -> list[str]:
     if os.environ.get("CMLIB_DATASETS"):
         places.append(str(Path(os.environ["CMLIB_DATASETS"]).resolve()))
     root = os.getuid() == 0
+    covers = [
+        ["--tmpfs", str(p), "--remount-ro", str(p)] if p.is_dir() else ["--ro-bind", os.devnull, str(p)]
+        for p in hidden
+        if any(p.is_relative_to(place) for place in places)
+    ]
     return [
         *["bwrap", "--die-with-parent", "--new-session", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"],
         *([] if root else ["--unshare-user"]),
@@ -76,6 +82,7 @@ def _bubblewrap(folder: Path, hidden: Sequence[Path]) -> list[str]:
         *["--proc", "/proc", "--dev", "/dev", "--bind", f"{folder}/tmp", "/tmp"],
         *(word for p in places for above in reversed(Path(p).parents[:-1]) for word in ("--dir", str(above))),
         *(word for p in places for word in ("--ro-bind-try", p, p)),
+        *itertools.chain(*covers),
         *["--bind", str(folder), str(folder), "--bind", f"{folder}/tmp", "/dev/shm"],
         *["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", str(folder), "--"],
         *_dropped(folder),
@@ -84,10 +91,10 @@ def _bubblewrap(folder: Path, hidden: Sequence[Path]) -> list[str]:
 
 def _unshare(folder: Path, hidden: Sequence[Path]) -> list[str]:
     empty = 'if [ -d "$p" ]; then mount -t tmpfs -o size=4k,ro none "$p"; else mount --bind /dev/null "$p"; fi'
-    cover = f'for p in $COVER; do {empty} || exit 9; done; exec "$@"'
+    cover = f'for p in $COVER; do {empty} || exit {UNCOVERED}; done; exec "$@"'
     user = [] if os.getuid() == 0 else ["--user", "--map-root-user"]
     spaces = ["--net", "--pid", "--mount", "--ipc", "--fork", "--kill-child", "--mount-proc"]
-    covered = f"IFS=:; COVER={shlex.quote(':'.join(str(p) for p in hidden if p.exists()))}; "
+    covered = f"IFS=:; COVER={shlex.quote(':'.join(map(str, hidden)))}; "
     return ["unshare", *user, *spaces, "sh", "-c", covered + cover, "sh", *_dropped(folder)]
 
 
@@ -108,9 +115,9 @@ def level() -> str:
     for name in LEVELS:
         with tempfile.TemporaryDirectory(prefix="cmlib-") as folder:
             try:
-                if not run([sys.executable, "-c", PROBE], Path(folder), Limits(), name=name):
+                if not run([sys.executable, "-c", PROBE], Path(folder), Limits(), [ROOT / "notebooks"], name=name):
                     return name
-            except FileNotFoundError:
+            except OSError:
                 continue
     raise ValueError("a Python that knows cmlib cannot be started under limits here; see `cmlib doctor`")
 
@@ -141,7 +148,8 @@ def run(
         **{"OMP_NUM_THREADS": "1", "CMLIB_PROFILE": "ci", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
         **(extra or {}),
     }
-    prefix = LEVELS[name or level()](folder, hidden)
+    outermost = [p for p in hidden if p.exists() and not any(q in p.parents for q in hidden)]
+    prefix = LEVELS[name or level()](folder, outermost)
     with open(os.devnull, "r+b") as null:
         pipes = {"stdin": null, "stdout": null, "stderr": null}
         where = {"cwd": folder, "env": environment, "start_new_session": True, "umask": 0o022}
@@ -163,6 +171,8 @@ def _watch(process: subprocess.Popen, folder: Path, limits: Limits, family: list
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(timeout=0.3)
+            if code == UNCOVERED:
+                raise OSError("the sandbox could not hide what the submission must not see")
             return "" if code == 0 else f"it ended with status {code}"
         with contextlib.suppress(psutil.NoSuchProcess):
             family[:] = psutil.Process(process.pid).children(recursive=True)

@@ -7,7 +7,6 @@ import json
 import re
 import unicodedata
 import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,12 +17,15 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
+from cmlib.runner import ROOM
+
 MARK = re.compile(r"@(answer|graded|locked) (\w+)")
+MODEL = re.compile(r"<!-- BEGIN SOLUTION -->(.*?)<!-- END SOLUTION -->", re.S)
 HIDDEN = re.compile(r"^### BEGIN HIDDEN TESTS\n(.*?)^### END HIDDEN TESTS", re.M | re.S)
 MOODLE = re.compile(r"(.+?_\d+)_assignsubmission_[a-z]+_(.*)")
 CANVAS = re.compile(r"([^_]+)(?:_LATE)?(_\d+)_\d+_(.+)")
-LARGEST, MOST = 20_000_000, 1_000  # bytes and cells of a notebook
-READ = 100_000  # characters of a cell in which copies are looked for
+LARGEST, MOST, LONGEST = 20_000_000, 1_000, 200_000  # bytes, cells and written characters of a notebook
+SHOWN = ("text/plain", "text/markdown", "text/latex", "image/png", "image/jpeg")  # kinds of output that run nothing
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def collect(source: Path) -> list[Submission]:
                     if not info.is_dir():
                         read = archive.read(info) if info.file_size <= LARGEST and info.filename.endswith(".ipynb") else None
                         found.append((Path(info.filename), info.file_size, info.date_time, read))
-        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        except Exception as error:  # whatever a damaged file may raise
             raise ValueError(f"{source} is damaged or has a password ({error}); unpack it and give the folder") from error
     elif source.is_dir():
         for path in sorted(p for p in source.rglob("*") if p.is_file() and not p.is_symlink()):
@@ -116,7 +118,8 @@ def collect(source: Path) -> list[Submission]:
         submission = Submission(learner, name, data, order)
         if data is None:
             large = size > LARGEST and path.suffix == ".ipynb"
-            why = f"larger than {LARGEST // 10**6} MB, not read" if large else "not a notebook"
+            other = "a zip, unpack it there and grade again" if path.suffix == ".zip" else "not a notebook"
+            why = f"larger than {LARGEST // 10**6} MB, not read" if large else other
             submission.notes.append(f"{why}: {name}")
         submissions.append(submission)
     whole = {s.learner for s in submissions if s.data is not None}
@@ -138,7 +141,8 @@ def whose(path: Path) -> tuple[str, str]:
         learner, name = found[1] + found[2], found[3]
     else:
         learner, name = path.stem, path.name
-    return re.sub(r"[^\w.@ -]+", "_", learner).strip(" .@-") or "unnamed", re.sub(r"[^\w.@ ()-]+", "_", name)
+    short = re.sub(r"[^\w.@ -]+", "_", learner).encode()[:150].decode(errors="ignore")
+    return short.strip(" .@-") or "unnamed", re.sub(r"[^\w.@ ()-]+", "_", name)
 
 
 def recognise(submission: Submission, notebook: NotebookNode | None, known: dict[str, GradedExercise]) -> str:
@@ -168,18 +172,19 @@ def parse(data: bytes) -> NotebookNode:
             raise OverflowError(f"more than {MOST} cells")
         valid = json.dumps(text, ensure_ascii=False).encode(errors="replace").decode()  # half a surrogate is no letter
         raw = nbformat.reads(valid, 4)
+        if sum(len(cell.source) for cell in raw.cells) > LONGEST:
+            raise OverflowError(f"more than {LONGEST} characters of text and code")
         cells = []
         for cell in raw.cells:
             make = nbformat.v4.new_markdown_cell if cell.cell_type == "markdown" else nbformat.v4.new_code_cell
             new = make(str(cell.source))
             for name, kinds in cell.get("attachments", {}).items():  # a picture that was pasted in
                 for kind, picture in kinds.items():
-                    new.source = new.source.replace(f"attachment:{name}", f"data:{kind};base64,{picture}")
+                    new.source = new.source.replace(f"attachment:{name}", f"data:{kind};base64,{picture}", 1)
             if isinstance(info := cell.metadata.get("nbgrader"), dict):
                 new.metadata.nbgrader = {"grade_id": info.get("grade_id")}
             if cell.cell_type == "code":
-                outputs = [o for o in cell.outputs if o.output_type in ("stream", "display_data", "execute_result", "error")]
-                new.outputs = nbformat.from_dict([{**o, "metadata": {}} if "metadata" in o else o for o in outputs])
+                new.outputs = _shown(cell.outputs)
                 nbformat.validate(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=new.outputs)]))
             if cell.cell_type in ("markdown", "code"):
                 cells.append(new)
@@ -187,6 +192,18 @@ def parse(data: bytes) -> NotebookNode:
     except Exception as error:  # whatever a damaged file may raise
         why = error if isinstance(error, OverflowError) else type(error).__name__
         raise ValueError(f"not a notebook that can be read ({why})") from error
+
+
+def _shown(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Of a cell's outputs what a page may show; none where they are much larger than ROOM."""
+    kept = []
+    for output in outputs:
+        if output.output_type in ("display_data", "execute_result"):
+            data = {kind: value for kind, value in output.data.items() if kind in SHOWN}
+            kept.append(nbformat.v4.new_output("display_data", data))
+        elif output.output_type in ("stream", "error"):
+            kept.append(output)
+    return kept if len(json.dumps(kept)) <= 2 * ROOM else []
 
 
 def merge(theirs: NotebookNode, exercise: GradedExercise) -> tuple[NotebookNode, list[str]]:
@@ -208,6 +225,8 @@ def merge(theirs: NotebookNode, exercise: GradedExercise) -> tuple[NotebookNode,
         mine, info = given[k], original.metadata.get("nbgrader", {})
         cell = copy.deepcopy(original)
         name, answer = info.get("grade_id"), info.get("solution", False)
+        if not name and not mine and any(c.source.startswith("learner") for c in waiting) and cell.source.startswith("learner"):
+            continue  # it was filled in
         if name or mine:  # else an edited version of this cell is among those that wait, and must come after it
             cells += waiting
             waiting = []
@@ -235,6 +254,17 @@ def merge(theirs: NotebookNode, exercise: GradedExercise) -> tuple[NotebookNode,
 # ---- who wrote with whom
 
 
+def published(exercise: GradedExercise, notebook: NotebookNode) -> list[str]:
+    """The questions that are answered with the words of the published solution, where those are more than eight."""
+
+    def plain(text: str) -> str:
+        return " ".join(re.findall(r"\w+", text.casefold()))
+
+    models = {_identity(c): plain(" ".join(MODEL.findall(c.source))) for c in exercise.solved.cells}
+    answers = {_identity(c): plain(c.source) for c in notebook.cells}
+    return [name for name, model in models.items() if model.count(" ") > 7 and model in answers.get(name, "")]
+
+
 def similar(exercise: GradedExercise, answers: dict[str, NotebookNode]) -> Iterator[tuple[str, str, str, float]]:
     """(learner, learner, `code` or `text`, share) of every pair: how much of what they wrote beyond the exercise and its
     solution they have in common, as the Jaccard index of runs of 6 tokens or 4 words; names of their own count alike."""
@@ -252,8 +282,8 @@ def similar(exercise: GradedExercise, answers: dict[str, NotebookNode]) -> Itera
 
 def _runs(source: str, kind: str, n: int, vocabulary: set[str]) -> set[tuple[str, ...]]:
     if kind == "text":
-        words = re.findall(r"\w+", source[:READ].casefold())
+        words = re.findall(r"\w+", source.casefold())
     else:
-        words = re.findall(r"\w+|[^\w\s]", re.sub(r"#.*", "", source[:READ]))
+        words = re.findall(r"\w+|[^\w\s]", re.sub(r"#.*", "", source))
         words = [w if w in vocabulary or not w[0].isalpha() else "name" for w in words]
     return set(zip(*(words[k:] for k in range(n)), strict=False))

@@ -6,7 +6,10 @@ tests/faults/test_grading_faults.py runs submissions in the sandbox.
 import contextlib
 import csv
 import io
+import json
+import re
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -23,7 +26,7 @@ import build  # noqa: E402
 from cmlib import gradebook, grading, sandbox  # noqa: E402
 from cmlib.cli import main  # noqa: E402
 from cmlib.handin import FOLDER, SEED, HandIn, Work, seed_of  # noqa: E402
-from cmlib.submissions import collect, exercises, merge, parse, recognise, similar, whose  # noqa: E402
+from cmlib.submissions import collect, exercises, merge, parse, published, recognise, similar, whose  # noqa: E402
 from tests.faults.test_grading_faults import COPY, DOUBLE, GOOD, ORIGINAL, TOTAL, solved, stripped, write  # noqa: E402
 
 PERSONAS = exercises(ROOT / "notebooks" / "solutions")
@@ -123,6 +126,9 @@ def test_a_value_of_another_shape_or_without_numbers_is_not_close(value):
         ("perezana_LATE_12345_67890_tiny-1.ipynb", "perezana_12345", "tiny-1.ipynb"),
         ("ana.ipynb", "ana", "ana.ipynb"),
         ("=cmd|calc/tiny.ipynb", "_cmd_calc", "tiny.ipynb"),
+        ("Ana Pe\u0301rez/tiny.ipynb", "Ana Pérez", "tiny.ipynb"),
+        ("an\udcffa\n/ti<b>ny.ipynb", "an_a_", "ti_b_ny.ipynb"),
+        ("é" * 300 + "/tiny.ipynb", "é" * 75, "tiny.ipynb"),
     ],
 )
 def test_names_of_learning_platforms(path, learner, name):
@@ -152,6 +158,78 @@ def test_what_is_no_folder_of_submissions_is_one_line(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", ["cut short", "a flipped bit", "a password"])
+def test_a_damaged_zip_is_one_line(tmp_path, capsys, kind):
+    write(tmp_path / "tiny.ipynb", GOOD)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "tiny.ipynb", "ana/tiny.ipynb")
+    data = bytearray((tmp_path / "all.zip").read_bytes())
+    if kind == "cut short":
+        del data[200:-120]
+    elif kind == "a flipped bit":
+        data[200] ^= 255
+    else:
+        data[6] |= 1
+        data[data.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "all.zip").write_bytes(data)
+    assert main(["grade", str(tmp_path / "all.zip"), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "damaged or has a password" in told
+
+
+# ---- what is read of a notebook
+
+
+def raw(*cells):
+    return json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": list(cells)}).encode()
+
+
+def markdown(source, **more):
+    return {"cell_type": "markdown", "id": "a", "metadata": {}, "source": source, **more}
+
+
+def code(*outputs):
+    return {"cell_type": "code", "id": "a", "metadata": {}, "source": "", "execution_count": None, "outputs": list(outputs)}
+
+
+def shows(data, **metadata):
+    return {"output_type": "display_data", "data": data, "metadata": metadata}
+
+
+@pytest.mark.parametrize(
+    "data, why",
+    [
+        (raw(*[markdown("a")] * 1001), "more than 1000 cells"),
+        (raw(markdown("a" * 200_001)), "more than 200000 characters"),
+        (b"[" * 100_000, "RecursionError"),
+        (raw(code(shows({"text/plain": 3}))), "ValidationError"),
+    ],
+)
+def test_a_notebook_that_would_take_hours_is_not_read(data, why):
+    with pytest.raises(ValueError, match=why):
+        parse(data)
+
+
+def test_half_a_letter_is_read_and_can_be_written():
+    (cell,) = parse(raw(markdown("caf\ud800é"))).cells
+    assert cell.source == "caf?é" and cell.source.encode()
+
+
+def test_a_pasted_picture_is_kept_and_cannot_multiply():
+    picture = {"image/png": "iVBORw0KGgo="}
+    (cell,) = parse(raw(markdown("see ![it](attachment:it.png)", attachments={"it.png": picture}))).cells
+    assert cell.source == "see ![it](data:image/png;base64,iVBORw0KGgo=)"
+    bomb = markdown("attachment:a" * 10_000, attachments={"a": {"image/png": "A" * 100_000}})
+    assert len(parse(raw(bomb)).cells[0].source) < 300_000
+
+
+def test_outputs_are_text_and_pictures_of_a_bearable_size():
+    script = {"text/html": "<script>", "application/javascript": "x", "image/svg+xml": "<svg>", "text/plain": "kept"}
+    large = {"output_type": "stream", "name": "stdout", "text": "\x1b[0m" * 300_000}
+    first, second = parse(raw(code(shows(script, width='"><script>')), code(large))).cells
+    assert first.outputs == [shows({"text/plain": "kept"})] and second.outputs == []
+
+
 # ---- repair
 
 
@@ -163,7 +241,24 @@ def test_a_stripped_notebook_is_put_back(tmp_path, tiny):
     code = [c.source for c in notebook.cells if c.cell_type == "code"]
     assert any(DOUBLE in c for c in code) and any(TOTAL in c for c in code) and code[-1] == "extra = 1"
     assert code.index('learner = "Ana"') < next(k for k, c in enumerate(code) if "HandIn(" in c)
-    assert len(notes) == 3 and grading.typed(notebook) == "Ana"
+    assert len(notes) == 3 and grading.typed(notebook) == "Ana" and sum(c.startswith("learner") for c in code) == 1
+
+
+def test_an_answer_in_a_cell_of_its_own_below_counts(tmp_path, tiny):
+    def below(notebook):
+        notebook.cells.append(nbformat.v4.new_markdown_cell("Since twice is twice."))
+
+    write(tmp_path / "a.ipynb", GOOD, essay="YOUR ANSWER HERE", change=below)
+    notebook, _ = merge(parse((tmp_path / "a.ipynb").read_bytes()), tiny)
+    (essay,) = (c.source for c in notebook.cells if c.metadata.get("nbgrader", {}).get("grade_id") == "essay")
+    assert "**Why?**" in essay and essay.endswith("Since twice is twice.")
+    assert sum("Since twice" in c.source for c in notebook.cells) == 1
+
+
+def test_the_published_answer_is_recognised():
+    exercise = PERSONAS["01_curious_generalist"]
+    assert published(exercise, exercise.student) == []
+    assert published(exercise, exercise.solved) == ["explain_jump", "explain_numbers", "explain_limit"]
 
 
 def test_copies_under_other_names_are_found_and_common_answers_are_not(tmp_path, tiny):
@@ -178,12 +273,13 @@ def test_copies_under_other_names_are_found_and_common_answers_are_not(tmp_path,
 # ---- the gradebook
 
 
-def test_points_that_a_person_gave_are_merged_and_kept(tmp_path, tiny, monkeypatch, capsys):
+@pytest.fixture
+def room(tmp_path, tiny, monkeypatch):
+    """(folder for submissions, results, `grade()`, runs so far): `cmlib grade`, each run done here, unguarded."""
     ran = []
 
     def runs(command, folder, limits, hidden, extra):
-        """In the sandbox's place: hands in the right values."""
-        ran.append(folder)
+        ran.append(hidden)
         (folder / "handed").mkdir()
         monkeypatch.setenv(SEED, extra[SEED])
         monkeypatch.setenv(FOLDER, extra[FOLDER])
@@ -196,29 +292,112 @@ def test_points_that_a_person_gave_are_merged_and_kept(tmp_path, tiny, monkeypat
     monkeypatch.setattr(sandbox, "level", lambda: "limits alone")
     monkeypatch.setattr(grading.os, "cpu_count", lambda: 1)
     source, out = tmp_path / "in", tmp_path / "out"
+    command = ["grade", str(source), "--exercises", str(tmp_path / "exercises"), "--out", str(out)]
+    return source, out, lambda: main(command), ran
+
+
+def table(path):
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_points_that_a_person_gave_are_merged_and_kept(room, tiny, capsys):
+    source, out, grade, ran = room
     write(source / "ana" / "tiny.ipynb", GOOD)
     write(source / "ben" / "tiny.ipynb", GOOD, essay="YOUR ANSWER HERE")
-    command = ["grade", str(source), "--exercises", str(tmp_path / "exercises"), "--out", str(out)]
-
-    def table(name):
-        with open(out / name, encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file))
-
-    assert main(command) == 0 and "NETWORK AND YOUR FILES ARE OPEN" in capsys.readouterr().out
-    assert [(r["learner"], r["points"]) for r in table("manual.csv")] == [("ana", ""), ("ben", "0")]
+    assert grade() == 0 and "NETWORK AND YOUR FILES ARE OPEN" in capsys.readouterr().out
+    assert [(r["learner"], r["points"]) for r in table(out / "manual.csv")] == [("ana", ""), ("ben", "0")]
     text = (out / "manual.csv").read_text(encoding="utf-8-sig")
     for points, status in (("5", 2), ("x", 2), ("3,5", 0)):
         (out / "manual.csv").write_text(text.replace(",", ";").replace(";4;;", f";4;{points};well argued", 1))
-        assert main(command) == status
+        assert grade() == status
         told = capsys.readouterr()
         assert status == 0 or "manual.csv, ana, essay: points must lie in 0 … 4" in told.err
-    row = table("grades.csv")[0]
+    row = table(out / "grades.csv")[0]
     assert (row["auto"], row["manual"], row["total"], row["to grade"]) == ("5.0", "3.5", "8.5", "")
-    assert "well argued" in (out / "feedback" / "ana" / "tiny.html").read_text()
+    page = (out / "feedback" / "ana" / "tiny.html").read_text()
+    assert "well argued" in page and "wait for a person" not in page
     assert len(ran) == 2, "what has not changed does not run again"
     write(source / "ana" / "tiny.ipynb", GOOD, essay="A better answer.")
-    assert main(command) == 0 and len(ran) == 3
-    row = table("grades.csv")[0]
+    assert grade() == 0 and len(ran) == 3
+    assert "1 answers wait for a person" in (out / "feedback" / "ana" / "tiny.html").read_text()
+    row = table(out / "grades.csv")[0]
     assert row["manual"] == "3.5" and row["to grade"] == "1", "a new answer keeps its points until a person looks"
     figure = gradebook.distribution(gradebook.tables(out, [], {"tiny": tiny}), {"tiny": tiny})
     assert figure.axes
+
+
+HOSTILE = """
+<script>alert(1)</script> <img src=x onerror=alert(1)> <a href=" javascript:alert(1)">a</a> [b](javascript:alert(1))
+<svg/onload=alert(1)>
+<iframe src="//a.b"></iframe> <style>body {display: none}</style> <img src="https://a.b/seen.png">
+<img src="data:image/svg+xml;base64,AA==">
+
+<b onclick="alert(1)">kept</b> [c](https://a.b/c) ![d](data:image/png;base64,AA==)
+
+| e | f |
+|---|---|
+| 1 | 2 |
+"""
+
+
+def test_a_page_runs_nothing_that_a_learner_wrote(room):
+    """Neither the feedback nor formgrader's page, which nbgrader makes with the configuration in the folder of results."""
+    from nbconvert.exporters import HTMLExporter
+    from traitlets.config import PyFileConfigLoader
+
+    source, out, grade, _ = room
+    write(source / "ana" / "tiny.ipynb", GOOD, essay=HOSTILE)
+    assert grade() == 0
+    setting = PyFileConfigLoader("nbgrader_config.py", str(out)).load_config()
+    formgrader, _ = HTMLExporter(config=setting).from_filename(str(out / "autograded" / "ana" / "tiny" / "tiny.ipynb"))
+    for page in ((out / "feedback" / "ana" / "tiny.html").read_text(), formgrader):
+        start = page.index("<b>kept</b>")
+        mine = page[page.rindex("Why?", 0, start) : page.index("</table>", start)]
+        for tag in re.findall(r"<[a-z][^>]*>", mine):
+            assert not re.search(r"<script|\son|iframe|style|svg|//a.b/seen|<meta|<base", tag), tag
+        assert '<a href="https://a.b/c">c</a>' in mine and 'src="data:image/png;base64,AA=="' in mine and "<td>1</td>" in mine
+
+
+def test_deeply_nested_html_stays_text():
+    begin = time.monotonic()
+    assert gradebook.harmless("<div>" * 20_000).startswith("<pre>&lt;div&gt;")
+    assert time.monotonic() - begin < 5  # read as HTML: minutes
+
+
+def test_one_page_that_fails_stops_no_other(room, monkeypatch):
+    source, out, grade, _ = room
+    for learner in ("ana", "ben"):
+        write(source / learner / "tiny.ipynb", GOOD)
+    real = gradebook.feedback
+
+    def fails(out, result):
+        if result.learner == "ana":
+            raise RecursionError("too deep")
+        real(out, result)
+
+    monkeypatch.setattr(gradebook, "feedback", fails)
+    assert grade() == 0 and (out / "feedback" / "ben" / "tiny.html").exists()
+    ana, ben = table(out / "grades.csv")
+    assert "no feedback page for it (RecursionError: too deep)" in ana["flags"] and ana["auto"] == "5.0" and not ben["flags"]
+
+
+def test_odd_files_beside_a_graded_notebook_are_told(room):
+    source, out, grade, ran = room
+    write(source / "ana" / "tiny.ipynb", GOOD, added=["import cmlib.persona1"])
+    (source / "ana" / "tiny (1).ipynb").write_text("{")
+    write(source / "ben" / "tiny.ipynb", GOOD, change=lambda n: n.cells[3].update(outputs=[seed_shown("9" * 5000)]))
+    (source / "cara").mkdir()
+    (source / "cara" / "work.zip").write_bytes(b"PK")
+    assert grade() == 0
+    ana, ben, cara = table(out / "grades.csv")
+    assert ana["auto"] == "5.0" and "not a notebook that can be read (JSONDecodeError): tiny (1).ipynb" in ana["flags"]
+    assert "mentions import cmlib.persona1: read it" in ana["flags"]
+    assert (
+        ben["auto"] == "5.0" and cara["graded"] == "no" and "a zip, unpack it there and grade again: work.zip" in cara["flags"]
+    )
+    assert {ROOT / "notebooks", ROOT / ".git", source, out, out.parent / "exercises"} <= set(ran[0])
+
+
+def seed_shown(seed):
+    return nbformat.v4.new_output("stream", text=f"tiny: learner Ben, seed {seed}")

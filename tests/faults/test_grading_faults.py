@@ -5,8 +5,10 @@ The hostile ones are bounded themselves: at most 150 processes, 2 GiB and a minu
 
 import contextlib
 import csv
+import shutil
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import jupytext
@@ -297,3 +299,45 @@ def test_huge_output_is_cut(batch):
 
 def test_the_isolation_is_named(batch):
     assert sandbox.level() in (batch[1] / "summary.html").read_text()
+
+
+@pytest.mark.parametrize("name, program", [("bubblewrap", "bwrap"), ("unshare", "unshare")])
+def test_what_is_hidden_cannot_be_seen_by_any_path(name, program, monkeypatch):
+    """Folders, files and a folder within another, where bubblewrap shows what is around them; a name that a shell would run."""
+    with tempfile.TemporaryDirectory(prefix="open-") as top, tempfile.TemporaryDirectory(prefix="cmlib-") as folder:
+        monkeypatch.setenv("CMLIB_DATASETS", top)
+        Path(top).chmod(0o755)
+        places = [Path(top, *parts) for parts in (["a"], ["a", "b"], ["c'; exit 0; $(exit 0) '"], ["d.zip"], ["open"])]
+        for place in places:
+            if place.suffix:
+                place.write_text("secret")
+            else:
+                place.mkdir()
+                (place / "text").write_text("secret")
+        look = f"""
+import pathlib
+found = []
+for path in pathlib.Path({top!r}).rglob("*"):
+    try:
+        found += [str(path)] if path.is_file() and path.read_text() else []
+    except OSError:
+        pass
+pathlib.Path("found").write_text("\\n".join(found))
+"""
+        hidden = [*places[:-1], Path(top, "is not there")]
+        if not shutil.which(program) or sandbox.run(["true"], Path(folder), Limits(), name=name):
+            pytest.skip(f"no {name} here")
+        assert not sandbox.run([sys.executable, "-c", look], Path(folder), Limits(), hidden, name=name)
+        assert Path(folder, "found").read_text() == str(places[-1] / "text")
+
+
+def test_empty_folders_count_as_written(tmp_path):
+    for k in range(100):
+        (tmp_path / str(k)).mkdir()
+    assert sandbox._size(tmp_path, 10**9) >= 100 * 4096
+
+
+def test_what_could_not_be_hidden_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sandbox.LEVELS, "broken", lambda folder, hidden: ["sh", "-c", f"exit {sandbox.UNCOVERED}", "sh"])
+    with pytest.raises(OSError, match="could not hide"):
+        sandbox.run(["true"], tmp_path / "f", Limits(), [tmp_path], name="broken")

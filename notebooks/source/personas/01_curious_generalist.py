@@ -17,6 +17,7 @@
 # The digit, the noise and the timesteps are drawn from a seed that follows from your name, so your numbers are yours alone. The grader
 # runs your functions again, with a seed that you have not seen: write functions that work for any. Cells that are marked *leave this cell
 # as it is* are put back before grading. You may add cells wherever you like.
+# When you are done: restart the kernel, run all cells, save, and hand in this file.
 
 # %% tags=["setup"]
 

@@ -17,6 +17,7 @@
 #
 # Pictures, noise and levels are drawn from a seed that follows from your name. The grader runs your functions again, with a seed that you have not seen; it never grades how fast
 # your machine is. Cells that are marked *leave this cell as it is* are put back before grading. You may add cells wherever you like.
+# When you are done: restart the kernel, run all cells, save, and hand in this file.
 
 # %% tags=["setup"]
 

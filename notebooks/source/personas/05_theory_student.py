@@ -16,6 +16,7 @@
 #
 # Data and noise are drawn from a seed that follows from your name, so your numbers are yours alone. The grader runs your functions again, with a seed that you have
 # not seen. Cells that are marked *leave this cell as it is* are put back before grading. You may add cells wherever you like.
+# When you are done: restart the kernel, run all cells, save, and hand in this file.
 
 # %% tags=["setup"]
 
@@ -46,7 +47,7 @@ print(f"{len(cached['t'])} cached pairs, x_t at σ from {cached['t'][0]:.2f} to 
 # ## 1. The score, from what the cache holds
 #
 # Along the probability-flow ODE, $\mathrm dx/\mathrm dt = -t\,\nabla\ln p_t(x)$ with x = x0 + t·ε. A cached DDIM pair is one Euler step of it, from $(x_t, t)$ to
-# $(\hat x_r, r)$. Solve for the score.
+# $(\hat x_r, r)$. Solve for the score. `expand_like(t, x)` gives levels [B] the shape that multiplies images [B,C,H,W].
 
 
 # %% answer="score"

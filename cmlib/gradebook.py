@@ -218,7 +218,7 @@ def feedback(out: Path, result: Result) -> None:
     with Gradebook(database(out)) as book:
         entry = book.find_submission_notebook(result.exercise, result.exercise, result.learner)
         waiting = sum(bool(grade.needs_manual_grade) for grade in entry.grades)
-    told = f"<p>{waiting} answers wait for a person; until then their score stands at what it was, or 0.</p>" if waiting else ""
+    told = f"<p>Answers that wait for a person, at 0 or what they had: {waiting}.</p>" if waiting else ""
     page = page.replace("</head>", STYLE, 1).replace('<div id="toc">', f'{told}<div id="toc">', 1)
     path = out / "feedback" / result.learner / f"{result.exercise}.html"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -182,6 +182,8 @@ def grade(source: Path, folder: Path, out: Path) -> dict[str, Any]:
     """Grade every submission in `source` against the solved exercises in `folder`; a second run goes on, and merges points
     that a person gave meanwhile. Writes grades.csv, manual.csv, feedback/, similarity.csv, summary.html; returns metrics."""
     begin = time.monotonic()
+    if out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{out} lies within the submissions and would be graded, too; give another --out")
     found, known, isolation = collect(source), exercises(folder), sandbox.level()
     (out / "state").mkdir(parents=True, exist_ok=True)
     gradebook.begin(out, known)

@@ -158,6 +158,12 @@ def test_what_is_no_folder_of_submissions_is_one_line(tmp_path, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_results_do_not_go_among_the_submissions(tmp_path, capsys):
+    write(tmp_path / "ana" / "tiny.ipynb", GOOD)
+    assert main(["grade", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "lies within the submissions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["cut short", "a flipped bit", "a password"])
 def test_a_damaged_zip_is_one_line(tmp_path, capsys, kind):
     write(tmp_path / "tiny.ipynb", GOOD)
@@ -320,7 +326,7 @@ def test_points_that_a_person_gave_are_merged_and_kept(room, tiny, capsys):
     assert len(ran) == 2, "what has not changed does not run again"
     write(source / "ana" / "tiny.ipynb", GOOD, essay="A better answer.")
     assert grade() == 0 and len(ran) == 3
-    assert "1 answers wait for a person" in (out / "feedback" / "ana" / "tiny.html").read_text()
+    assert "wait for a person, at 0 or what they had: 1." in (out / "feedback" / "ana" / "tiny.html").read_text()
     row = table(out / "grades.csv")[0]
     assert row["manual"] == "3.5" and row["to grade"] == "1", "a new answer keeps its points until a person looks"
     figure = gradebook.distribution(gradebook.tables(out, [], {"tiny": tiny}), {"tiny": tiny})

@@ -104,6 +104,11 @@ class _Opened:
     def source(self) -> Source:
         return SETS.get(self.name, Source(self.name))
 
+    def labels(self, rows: dict[str, list[Any]]) -> Tensor | None:
+        """[N], where the set has a whole number for each picture."""
+        values = rows[self.label] if self.label else [None]
+        return torch.tensor(values) if all(isinstance(value, int) for value in values) else None
+
     def decoded(self, pictures: Iterable[Any]) -> Tensor:
         """uint8 [N,C,H,W], cropped square and made smaller where the set's `side` says so."""
         mode, size, rows = None, None, []
@@ -165,7 +170,7 @@ def _from_datasets(name: str, split: str, limit: int | None) -> tuple[Tensor, Te
     if len(found.part) == 0:
         raise ValueError(f"data set {name!r} is empty in split {split!r}")
     images = _latents(found) if found.source.vae else found.decoded(found.part[found.column])
-    return images, torch.tensor(found.part[found.label]) if found.label else None
+    return images, found.labels({found.label: found.part[found.label]} if found.label else {})
 
 
 def pictures(name: str, images: Tensor) -> Tensor:
@@ -218,4 +223,5 @@ def stream(name: str, batch_size: int, seed: int = 0, start: int = 0) -> Iterato
     while True:
         some = list(itertools.islice(left, each))
         batch = {"x0": to_float(found.decoded(image.decode_example(row[found.column]) for row in some)), "whole": batch_size}
-        yield batch | ({"label": torch.tensor([row[found.label] for row in some])} if found.label else {})
+        labels = found.labels({k: [row[k] for row in some] for k in some[0]})
+        yield batch if labels is None else batch | {"label": labels}

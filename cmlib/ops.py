@@ -54,12 +54,20 @@ def _streams(seed: int, indices: Sequence[int] | Tensor, stream: int) -> Iterato
 
     One object, rewound each time: building a new one takes several times longer than drawing an image from it.
     """
+    which = torch.as_tensor(indices).tolist()
+    if not (0 <= seed < 2**64 and stream >= 0 and min(which, default=0) >= 0):
+        raise ValueError(
+            f"noise needs a seed in 0 … 2^64 − 1 and no negative index or stream, got seed {seed}, stream {stream}"
+        )
     bits = np.random.Philox(key=[seed, 0], counter=[0, 0, 0, stream])
     generator, state = np.random.Generator(bits), bits.state
-    for i in torch.as_tensor(indices).tolist():
+
+    def at(i: int) -> np.random.Generator:
         state["state"]["key"][1] = i
         bits.state = state
-        yield generator
+        return generator
+
+    return map(at, which)
 
 
 def indexed_normal(seed: int, indices: Sequence[int] | Tensor, shape: Sequence[int], stream: int = 0) -> Tensor:

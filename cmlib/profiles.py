@@ -177,6 +177,11 @@ def small_unet(
 ) -> dict[str, Any]:
     """Configuration of a U-Net for images [C,H,W]: a level a width, attention at one of them (the lowest), conditional on
     `classes` labels if there are any."""
+    halvings = len(widths) - 1
+    if shape[1] % 2**halvings:
+        raise ValueError(
+            f"images of {shape[1]}×{shape[1]} pixels cannot be halved {halvings} times, as the U-Net does; pad them"
+        )
     down = ["DownBlock2D"] * len(widths)
     down[attention] = "AttnDownBlock2D"
     return {

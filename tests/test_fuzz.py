@@ -28,7 +28,7 @@ from cmlib.unet import UNet
 from tests.small import UNET
 
 few = settings(
-    max_examples=int(os.environ.get("FZ", 25)), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=int(os.environ.get("FZ", 12)), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 TINY = replace(profiles.CI, name="tiny", widths=(8, 16), samples=20, timesteps=1, batch_size=8, distill_updates=1)
 
@@ -138,7 +138,7 @@ def test_all_options_are_in_the_list():
     assert len(OPTIONS) > 60
 
 
-@settings(few, max_examples=8 * int(os.environ.get("FZ", 25)))
+@settings(few, max_examples=8 * int(os.environ.get("FZ", 12)))
 @given(data=st.data())
 def test_a_bad_value_of_any_option_is_one_line(place, data):
     name, action = data.draw(st.sampled_from(OPTIONS))
@@ -210,7 +210,7 @@ def picture_folders(draw):
     return [(draw(mode), draw(sides), side) for _ in range(rows)], draw(st.sampled_from([None, None, "cut", "text"]))
 
 
-@settings(max_examples=18, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(folder=picture_folders())
 @example(folder=([("L", 8, 8)], None))
 @example(folder=([("RGBA", 8, 8)] * 3, None))

@@ -2,10 +2,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 COLAB_TORCH ?= torch==2.11.0 --index-url https://download.pytorch.org/whl/cpu
 INSTALLED := .venv/.installed
+ORT_WEB := runs/onnxruntime-web/dist
 RECIPE ?= runs/recipe
 PROFILE ?= t4
 
-.PHONY: setup demo recipe test test-t4 test-browser test-colab notebooks release badges lint lab clean
+.PHONY: setup demo recipe test test-t4 test-browser test-colab site assets notebooks release badges lint lab clean
 
 $(INSTALLED): requirements.txt constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -32,8 +33,19 @@ test: lint  ## linters, types, unit tests, and every notebook at profile ci
 test-t4: $(INSTALLED)  ## the notebooks at profile t4, on a machine with a GPU; prints the time against the budget
 	CMLIB_PROFILE=t4 $(BIN)/python -m pytest --nbval-cell-timeout 3600 $(ARGS) notebooks
 
-test-browser: $(INSTALLED)  ## the explorers in JupyterLab, in Debian's Chromium; screenshots in runs/browser
+test-browser: $(INSTALLED)  ## the explorers in JupyterLab and, after `make assets`, the page, in Debian's Chromium; screenshots in runs/browser
 	$(BIN)/python -m pytest -rs $(ARGS) tests/browser
+
+site: $(INSTALLED)  ## the page as static files in runs/site; for use offline, `make assets site ARGS="--assets $(ORT_WEB)"`
+	$(BIN)/cmlib site --checkpoint data/digits_student.safetensors --out runs/site $(ARGS)
+
+assets: $(ORT_WEB)  ## onnxruntime-web from npm, for pages that need no CDN
+
+$(ORT_WEB):
+	mkdir -p runs
+	cd runs && npm pack --silent onnxruntime-web@1.30.0
+	cd runs && tar -xzf onnxruntime-web-1.30.0.tgz package/dist && rm onnxruntime-web-1.30.0.tgz
+	rm -rf runs/onnxruntime-web && mv runs/package runs/onnxruntime-web
 
 test-colab:  ## the notebooks under Colab's versions, in an environment of its own; COLAB_TORCH=torch==2.13.0 for another torch
 	$(PYTHON) -m venv runs/colab

@@ -50,8 +50,8 @@ def write(
     images, labels = data.load(dataset, "test")
     if tuple(images.shape[1:]) != shape:
         raise ValueError(f"{student} makes images {shape}, {dataset}'s are {tuple(images.shape[1:])}; give its own --dataset")
-    order = range(len(images)) if labels is None else [int((labels == k).nonzero()[0]) for k in labels.unique()]
-    images = images[list(order)[:EXAMPLES]]
+    firsts = [] if labels is None else [int((labels == k).nonzero()[0]) for k in labels.unique()]  # one a class
+    images = images[list(dict.fromkeys([*firsts, *range(len(images))]))[:EXAMPLES]]
     levels = noise_grid(told)
     if teacher is None and pipeline.shipped(f"{name}_teacher").exists():
         teacher = f"{name}_teacher"

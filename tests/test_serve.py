@@ -245,6 +245,15 @@ def test_alone_or_batched_the_same_images(server):
     assert images / batches > 2, "requests did share evaluations"
 
 
+def test_the_page_is_there(server):
+    status, headers, body = server.get("/")
+    assert status == 200 and headers["content-type"].startswith("text/html")
+    for path in re.findall(r'(?:href|src)="(page/[^"]+)"', body.decode()):
+        assert server.get(f"/{path}")[0] == 200
+    assert json.loads(server.get("/page/settings.json")[2])["models"][0]["name"] == "digits"
+    assert server.get("/page/digits/model.onnx")[2] == (server.log.parent / "page" / "digits" / "model.onnx").read_bytes()
+
+
 # ---- what it refuses
 
 

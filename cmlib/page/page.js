@@ -99,7 +99,7 @@ function walk() {
   const frame = (j) => {
     const row = chosen * rows + (k * (k + 1)) / 2 + j;
     show($("walk"), toFloats(walks.subarray(row * size, (row + 1) * size)));
-    $("walk-said").textContent = j + 1 < steps ? `step ${j + 1} of ${steps}` : `${steps} evaluation${steps > 1 ? "s" : ""}`;
+    $("walk-said").textContent = j + 1 < steps ? `${j + 1} / ${steps}` : `${steps} step${steps > 1 ? "s" : ""}`;
     if (j + 1 < steps) timer = setTimeout(() => (animation = requestAnimationFrame(() => frame(j + 1))), 45);
   };
   frame(calm.matches ? k : 0);
@@ -126,10 +126,18 @@ function colour() {
   return [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16) / 127.5 - 1);
 }
 
-function paint() {
-  const [channels, height, width] = student.shape, values = image.slice();
-  const ink = channels === 1 ? [easel.value] : colour();
-  ink.forEach((value, c) => (values[c * height * width + easel.y * width + easel.x] = value));
+// A straight stroke from the easel's place to (x, y), one pixel wide on small images and two on others.
+function paint(x = easel.x, y = easel.y) {
+  const [channels, height, width] = student.shape, values = image.slice(), area = height * width;
+  const ink = channels === 1 ? [easel.value] : colour(), steps = Math.max(Math.abs(x - easel.x), Math.abs(y - easel.y), 1);
+  const places = width > 16 ? [[0, 0], [1, 0], [0, 1], [1, 1]] : [[0, 0]];
+  for (let i = 0; i <= steps; i++) {
+    for (const [right, down] of places) {
+      const column = Math.round(easel.x + ((x - easel.x) * i) / steps) + right, row = Math.round(easel.y + ((y - easel.y) * i) / steps) + down;
+      if (column < width && row < height) ink.forEach((value, c) => (values[c * area + row * width + column] = value));
+    }
+  }
+  Object.assign(easel, { x, y });
   choose(values);
 }
 
@@ -143,10 +151,7 @@ function begin() {
 function at(event) {
   const [, height, width] = student.shape, box = $("clean").getBoundingClientRect();
   const inside = (value, n) => Math.min(n - 1, Math.max(0, Math.floor(value * n)));
-  const [x, y] = [inside((event.clientX - box.left) / box.width, width), inside((event.clientY - box.top) / box.height, height)];
-  const moved = x !== easel.x || y !== easel.y;
-  Object.assign(easel, { x, y });
-  return moved;
+  return [inside((event.clientX - box.left) / box.width, width), inside((event.clientY - box.top) / box.height, height)];
 }
 
 function brush(shown) {
@@ -210,16 +215,16 @@ async function backend() {
 
 async function load(model, settings) {
   say(`Loading the student of ${model.name}…`);
-  student?.worker.terminate();
-  const place = `${encodeURIComponent(model.name)}/`, wanted = await backend();
+  const place = `${encodeURIComponent(model.name)}/`, wanted = await backend(), before = student;
   const loaded = Student.load(model, settings, wanted).catch((error) => {
     if (wanted === "wasm") throw error;
     return Student.load(model, settings, "wasm"); // there was an adapter, but it does not do
   });
   const all = [loaded, bytes(`${place}examples.bin`), model.teacher ? bytes(`${place}walks.bin`) : null];
   [student, examples, walks] = await Promise.all(all);
+  before?.stop();
   times = [];
-  Object.assign($("level"), { max: student.levels.length - 1, value: Math.round(0.6 * student.levels.length), disabled: false });
+  Object.assign($("level"), { max: student.levels.length - 1, value: Math.round(0.4 * student.levels.length), disabled: false });
   $("colour-label").hidden = student.shape[0] === 1;
   const parts = Array.from({ length: student.examples }, (_, i) => toFloats(examples.subarray(i * student.size, (i + 1) * student.size)));
   $("examples").replaceChildren(...parts.map((values, i) => tile(`Example ${i + 1}`, values, () => choose(values, i))));
@@ -246,10 +251,13 @@ function listen() {
   clean.addEventListener("pointerdown", (event) => {
     clean.setPointerCapture(event.pointerId);
     easel.down = true;
-    at(event);
+    [easel.x, easel.y] = at(event);
     begin();
   });
-  clean.addEventListener("pointermove", (event) => at(event) && easel.down && paint());
+  clean.addEventListener("pointermove", (event) => {
+    const [x, y] = at(event);
+    if (easel.down && (x !== easel.x || y !== easel.y)) paint(x, y);
+  });
   clean.addEventListener("lostpointercapture", () => (easel.down = false));
   clean.addEventListener("focus", () => brush(clean.matches(":focus-visible")));
   clean.addEventListener("blur", () => brush(false));

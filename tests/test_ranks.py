@@ -76,6 +76,8 @@ def test_commands_in_two_processes_write_what_one_writes(folders):
     metrics = [json.loads((folder / "evaluation" / "metrics.json").read_text()) for folder in (one, two)]
     assert metrics[0].keys() == metrics[1].keys() and metrics[0]["fd_digits.student_1"] > 0
     for key, value in metrics[0].items():
+        if key.startswith(("seconds.", "memory.")):
+            continue
         assert metrics[1][key] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), key
     assert (one / "samples" / "samples.npz").read_bytes() == (two / "samples" / "samples.npz").read_bytes()
     x, t = torch.randn(3, 1, 8, 8, generator=seeded()), torch.tensor([0.5, 2.0, 9.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from cmlib.ops import indexed_normal
 from cmlib.process import DDPM
 from cmlib.profiles import Profile, small_unet
 from cmlib.teacher import Teacher
-from cmlib.unet import UNet, balanced, given
+from cmlib.unet import UNet, balanced, classes, given
 
 Metrics = dict[str, Any]
 
@@ -250,7 +251,7 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     told |= {"protocol.student": sha256(args.checkpoint), "protocol.teacher": teacher.hash()}
     other = protocol.comparable(args.against, told) if args.against else None
     found: Metrics = features.compare("real", held_out[0])
-    fid = evaluate.FID(images) if args.fid else None
+    fid = evaluate.FID(images, decode=partial(data.pictures, profile.dataset)) if args.fid else None
     key = [told[f"protocol.{k}"] for k in ("student", "teacher", "n")]
     distances, figure = protocol.measured(protocol.generators(f, teacher, n), seeds, features, fid, key, args.out)
     plots.save(figure, args.out / "bias.png")
@@ -291,6 +292,8 @@ def compare(args: Namespace, profile: Profile) -> Metrics:
 def export(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib export`"""
     f = ConsistencyFunction.load(args.checkpoint)
+    if classes(f):
+        raise ValueError(f"{args.checkpoint} is class-conditional, and no format here takes labels; `cmlib sample` does")
     held_out, _ = data.load(profile.dataset, "test", limit=64)
     if f.image_shape != tuple(held_out.shape[1:]):
         raise ValueError(

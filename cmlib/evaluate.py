@@ -179,9 +179,12 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
 
 class FID:
     """FID to uint8 images `real`, by torchmetrics on `feature` (2048: torch-fidelity's Inception). It keeps sums alone, so
-    memory does not grow with N; under torchrun each rank adds its own images, and the distance is of all."""
+    memory does not grow with N; under torchrun each rank adds its own images, and the distance is of all. `decode` makes RGB
+    pictures of latents, real ones and others alike."""
 
-    def __init__(self, real: Tensor, feature: int | nn.Module = 2048):
+    def __init__(
+        self, real: Tensor, feature: int | nn.Module = 2048, decode: Callable[[Tensor], Tensor] = lambda images: images
+    ):
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         try:
@@ -191,6 +194,7 @@ class FID:
                 "FID needs torch-fidelity and its Inception weights: pip install torch-fidelity, and a first run with network"
             ) from error
         self.metric.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.decode = decode
         rank, world = ranks.here()
         for part in real.split(100)[rank::world]:
             self._update(part, real=True)
@@ -198,7 +202,7 @@ class FID:
     def _update(self, images: Tensor, real: bool) -> None:
         if images.dtype != torch.uint8:
             raise ValueError("FID takes uint8 images; round them with cmlib.data.to_uint8")
-        self.metric.update(images.expand(-1, 3, -1, -1).to(self.metric.device), real=real)
+        self.metric.update(self.decode(images).expand(-1, 3, -1, -1).to(self.metric.device), real=real)
 
     def add(self, images: Tensor) -> None:
         """Count uint8 images [B,C,H,W] among the fakes."""

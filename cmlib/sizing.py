@@ -86,7 +86,8 @@ def table(name: str, rate: float) -> dict[str, Any]:
     found: dict[str, Any] = {"protocol.plan": profile.name, "pairs": profile.pairs}
     ends = 2 * size / profile.rollout_steps if profile.source == "rollout" else 0  # a trajectory's, shared by its pairs
     found["gigabytes.cache"] = profile.pairs * (4 * size + 12 + ends) / 1e9
-    found["parameters.millions"] = sum(p.numel() for p in network(profile).parameters()) / 1e6
+    with torch.device("meta"):
+        found["parameters.millions"] = sum(p.numel() for p in network(profile).parameters()) / 1e6
     found["gigaflops.forward"] = flops / 1e9
     for device, speed in {"this machine": rate, **{k: v * SHARE for k, v in PEAK.items()}}.items():
         found |= {f"hours.{stage}.{device}": n * flops / speed / 3600 for stage, n in passes.items()}

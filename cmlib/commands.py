@@ -301,7 +301,7 @@ def export(args: Namespace, profile: Profile) -> Metrics:
             " --dataset it was trained on, which the report measures on"
         )
     images = data.load(profile.dataset, limit=256)[0] if args.precision == "int8" else None
-    if args.format not in ("onnx", "diffusers") and torch.cuda.is_available():
+    if args.format not in ("onnx", "triton", "diffusers") and torch.cuda.is_available():
         f = f.to("cuda")
     told = exporting.save(f, args.out, args.format, args.precision, images)
     found = parity.measure(f, exporting.load(args.out), held_out, args.seed)

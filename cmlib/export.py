@@ -30,6 +30,7 @@ FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
     "torch-export": ("model.pt2", ("fp32", "fp16")),
     "onnx": ("model.onnx", ("fp32", "fp16", "int8")),
     "tensorrt": ("model.plan", ("fp32", "fp16", "int8")),
+    "triton": ("student/1/model.onnx", ("fp32", "fp16", "int8")),
 }
 
 
@@ -61,14 +62,18 @@ def save(
         export_diffusers(f, folder)
     else:
         data = _bytes(f, format, precision, images)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name, lambda file: file.write(data))
+    if format == "triton":
+        config = formats.triton_config(f.image_shape).encode()
+        write_atomically(folder / "student" / "config.pbtxt", lambda file: file.write(config))
     told = {
         "format": format,
         "precision": precision,
         "file": name,
         "sha256": sha256(folder / name),
         "weights_sha256": weights_sha256(f),
-        "device": "any" if format in ("onnx", "diffusers") else device_of(f).type,
+        "device": "any" if format in ("onnx", "triton", "diffusers") else device_of(f).type,
         **signature(f),
         "torch": torch.__version__,
     }
@@ -91,7 +96,7 @@ def _bytes(f: ConsistencyFunction, format: str, precision: str, images: Tensor |
     if precision == "int8":
         assert images is not None
         model = formats.quantized(model, formats.calibration(f, images))
-    return model if format == "onnx" else engine.build(model, f.image_shape)
+    return model if format in ("onnx", "triton") else engine.build(model, f.image_shape)
 
 
 def load(folder: str | Path) -> Exported:
@@ -102,6 +107,7 @@ def load(folder: str | Path) -> Exported:
         "torchscript": formats.read_torchscript,
         "torch-export": formats.read_torch_export,
         "onnx": formats.read_onnx,
+        "triton": formats.read_onnx,
         "tensorrt": engine.read,
     }
     try:

@@ -171,6 +171,20 @@ def read_onnx(path: Path, tensorrt: bool = False) -> Network:
     return lambda x, t: torch.from_numpy(session.run(None, {"x": x.numpy(), "t": t.numpy()})[0])
 
 
+def triton_config(shape: Sequence[int], most: int = 64) -> str:
+    """`config.pbtxt` of an ONNX model of images `shape` for Triton, which batches up to `most` of them; t is sent as [N,1]."""
+    image = f"data_type: TYPE_FP32, dims: {[*shape]}"
+    return f"""backend: "onnxruntime"
+max_batch_size: {most}
+dynamic_batching {{ }}
+input [
+  {{ name: "x", {image} }},
+  {{ name: "t", data_type: TYPE_FP32, dims: [1], reshape {{ shape: [] }} }}
+]
+output [ {{ name: "x0_hat", {image} }} ]
+"""
+
+
 def noise_levels(f: ConsistencyFunction, n: int) -> Tensor:
     """n levels σ from max(σ_min, 0.002) to σ_max, evenly spaced in ln σ: [n], ascending."""
     return torch.linspace(np.log(max(f.sigma_min, 0.002)), np.log(f.sigma_max), n).exp().clamp(f.sigma_min, f.sigma_max)

@@ -47,6 +47,8 @@ def write(
     model = folder / "page" / name
     told, runtime = place(student, model), bring(assets, folder / "page")
     shape = tuple(told["inputs"]["x"]["shape"][1:])
+    if shape[0] not in (1, 3):
+        raise ValueError(f"{student} makes {shape[0]} channels; what is shown and served is grey or RGB")
     images, labels = data.load(dataset, "test")
     if tuple(images.shape[1:]) != shape:
         raise ValueError(f"{student} makes images {shape}, {dataset}'s are {tuple(images.shape[1:])}; give its own --dataset")

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -75,6 +76,24 @@ def test_what_was_written_computes_f_at_any_batch_size(name, format, tmp_path, r
     assert (told["inputs"]["t"]["min"], told["inputs"]["t"]["max"]) == (f.sigma_min, f.sigma_max)
     assert told["sampling"]["sigmas"] == {"1": f.levels(1), "2": f.levels(2)}
     assert str(Path.cwd()).encode() not in (tmp_path / told["file"]).read_bytes(), "no paths of this machine"
+
+
+def test_triton_s_model_repository(colour, tmp_path):
+    """Its names and shapes are the model's own; Triton adds the batch, and takes no scalar but as a reshaped [1]."""
+    import onnxruntime
+
+    told = export.save(colour, tmp_path, "triton")
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
+        "metadata.json", "student/1/model.onnx", "student/config.pbtxt",
+    ]  # fmt: skip
+    session = onnxruntime.InferenceSession(str(tmp_path / told["file"]))
+    config = (tmp_path / "student" / "config.pbtxt").read_text()
+    found = dict(re.findall(r'name: "(\w+)", data_type: TYPE_FP32, dims: (\[[^]]+\](?:, reshape { shape: \[\] })?)', config))
+    shapes = {node.name: node.shape[1:] for node in [*session.get_inputs(), *session.get_outputs()]}
+    assert found == {name: str(shape) if shape else "[1], reshape { shape: [] }" for name, shape in shapes.items()}
+    x, t = noisy(colour, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(export.load(tmp_path)(x, t), colour(x, t), atol=1e-4, rtol=0)
 
 
 def test_hash_of_the_weights_is_the_shipped_file_s(digits, colour):

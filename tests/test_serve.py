@@ -438,6 +438,8 @@ def test_wrong_models_are_refused_in_one_line(tmp_path, capsys):
     assert "ONNX Runtime cannot run" in changed(half, sha256=hashlib.sha256(half).hexdigest())
     assert "ONNX Runtime cannot run" in changed(text, sha256=hashlib.sha256(text).hexdigest())
     assert "cmlib export --format onnx" in changed(model, format="tensorrt")
+    latent = json.loads(json.dumps(told["inputs"]).replace('"batch", 1, 8, 8', '"batch", 4, 8, 8'))
+    assert "cannot run" in changed(model, inputs=latent)
     assert "holds no export" in refused(capsys, tmp_path / "out", "--onnx", tmp_path)
     assert "no checkpoint at" in refused(capsys, tmp_path / "out", "--checkpoint", tmp_path / "nowhere.pt")
     assert "is not a consistency model" in refused(capsys, tmp_path / "out", "--checkpoint", __file__)

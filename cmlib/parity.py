@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from typing import Any
@@ -63,13 +64,13 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).flatten(1).norm(dim=1).mean()
 
 
-def latency(functions: dict[str, Network], f: ConsistencyFunction) -> dict[str, Any]:
-    """p50 and p95 in milliseconds of each function at each batch size, taken in turns after a warm-up.
+def latency(functions: dict[str, Network], f: ConsistencyFunction, batches: Sequence[int] = BATCHES) -> dict[str, Any]:
+    """p50 and p95 in milliseconds of each function at each of `batches`, taken in turns after a warm-up.
 
     From an image in the CPU's memory to one there, so a GPU's times include both copies.
     """
     found: dict[str, Any] = {}
-    for batch in BATCHES:
+    for batch in batches:
         x = f.sigma_max * torch.randn(batch, *f.image_shape, generator=torch.Generator().manual_seed(0))
         t = torch.full((batch,), f.sigma_max)
         times: dict[str, list[float]] = {name: [] for name in functions}

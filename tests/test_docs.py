@@ -10,7 +10,7 @@ from cmlib.files import sha256
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import demo_seeds, sct_ablation  # noqa: E402
+from benchmarks import audit, demo_seeds, peers, sct_ablation, serve  # noqa: E402
 
 
 def results(name):
@@ -21,11 +21,15 @@ def test_readme_shows_the_committed_results():
     readme = (ROOT / "README.md").read_text()
     assert demo_seeds.markdown(results("demo_seeds")) in readme
     assert compare.markdown(results("compare_digits")) in readme
+    assert audit.markdown(*audit.results()) in readme
 
 
 def test_benchmarks_page_shows_the_committed_results():
     page = (ROOT / "benchmarks" / "README.md").read_text()
     assert sct_ablation.markdown(results("sct_ablation")["results"]) in page
+    assert peers.markdown(results("peers")) in page
+    if (ROOT / "benchmarks" / "results" / "serve.json").exists():
+        assert serve.markdown(results("serve")) in page
 
 
 def test_shipped_weights_have_their_provenance():

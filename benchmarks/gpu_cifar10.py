@@ -72,7 +72,7 @@ class Sizes:
     updates: int = 0  # instead of those that the minutes hold
 
 
-DRY = Sizes((8, 16), 1, 4, 4, 16, 16, 8, 2, 1, 8)
+DRY = Sizes((8, 16), 1, 4, 4, 16, 8, 4, 2, 1, 8)
 
 
 class Denoiser(nn.Module):
@@ -148,9 +148,9 @@ class Run:
     def samplers(self, name: str) -> dict[str, Sampler]:
         """The teacher at few evaluations and at its best, or a student at few."""
         f = self.load(name)
-        few = partial(jump, f) if name != "teacher" else partial(walk, f, "ddim")
-        best = {"teacher": partial(walk, f, "heun", self.sizes.steps)} if name == "teacher" else {}
-        return {f"{name}_{k}": partial(few, k) for k in EVALUATIONS} | best
+        few: Any = partial(jump, f) if name != "teacher" else partial(walk, f, "ddim")
+        found: dict[str, Sampler] = {f"{name}_{k}": partial(few, k) for k in EVALUATIONS}
+        return found | ({"teacher": partial(walk, f, "heun", self.sizes.steps)} if name == "teacher" else {})
 
     def evaluated(self, name: str) -> bool:
         """Each sampler's distance, once; beside the teacher's that of the training images themselves."""

@@ -19,7 +19,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cmlib import data, evaluate
-from cmlib.consistency import ConsistencyFunction
 from cmlib.files import sha256, write_atomically
 from cmlib.pipeline import shipped
 from cmlib.process import DDPM
@@ -53,7 +52,7 @@ def unpack(path: Path) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(list(pool.map(pixels, cells))))
 
 
-def save_student(f: ConsistencyFunction, path: Path) -> None:
+def save_student(f: Any, path: Path) -> None:
     """As `f.save`, weights in float16."""
     copy.deepcopy(f).half().save(path)
 

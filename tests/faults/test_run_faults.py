@@ -80,12 +80,12 @@ def run(stage: str, here: Path) -> int:
 
 
 def results(folder: Path) -> dict[str, object]:
-    """All that a stage leaves, but for seconds, file names of its own, and pictures, which matplotlib stamps."""
+    """All that a stage leaves, but for seconds and memory, file names of its own, and pictures, which matplotlib stamps."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if name.endswith("metrics.json"):
-            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if "seconds" not in k}
+            found[name] = {k: v for k, v in json.loads(path.read_text()).items() if "seconds" not in k and "memory" not in k}
         elif path.name == "checkpoint.pt":
             state = torch.load(path, weights_only=True)
             found[name] = [[v.tolist() for v in state[part].values()] for part in ("model", "ema")], state["step"]

@@ -105,6 +105,6 @@ def table(metrics: dict[str, Any], names: Sequence[str], evaluations: Sequence[i
     rows += ["|---" * (1 + len(evaluations))]
     for name in names:
         found = [metrics.get(f"fd.{name}_{k}") for k in evaluations]
-        rows += [f"| {name} | " + " | ".join("" if v is None else f"{v:.2f}" for v in found)]
+        rows += [f"| {name} | " + " | ".join("" if v is None else f"{v:.4g}" for v in found)]
     best, floor = (metrics.get(f"fd.{name}", float("nan")) for name in ("teacher", "training_images_drawn_again"))
-    return " |\n".join(rows) + f" |\n\nteacher at its best {best:.2f}, training images drawn again {floor:.2f}"
+    return " |\n".join(rows) + f" |\n\nteacher at its best {best:.4g}, training images drawn again {floor:.4g}"

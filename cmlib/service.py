@@ -184,6 +184,7 @@ def _overloaded() -> NoReturn:
     traffic={"timeout": ARGS.timeout},
     logging={"access": {"enabled": False}},
     metrics={"enabled": False},  # BentoML's have a label for every path that anybody asks for
+    tracing={"excluded_urls": [".*"]},  # its timer would keep every request's spans until the timeout
 )
 class Student:
     """One process: a session of ONNX Runtime, and a queue that BentoML's dispatcher batches adaptively."""

@@ -81,6 +81,7 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
         patience=args.patience,
         refresh=refresh,
         batches=batches,
+        precision=profile.precision,
     )
     if ranks.is_first():
         teacher.save_pretrained(args.out / "pipeline")

@@ -182,6 +182,7 @@ def train_teacher(
     patience: int = 0,
     refresh: PairCache | None = None,
     batches: Batches | None = None,
+    precision: str = "no",
 ) -> tuple[Teacher, list[dict[str, float]]]:
     """Train or fine-tune a DDPM: ε-MSE, warm-up over 1,000 steps (a quarter of a shorter run), EMA 0.999, held-out error
     after every epoch.
@@ -216,6 +217,7 @@ def train_teacher(
         every=epoch,
         on_every=on_epoch,
         stop=at_plateau,
+        precision=precision,
         name="teacher",
     )
     return replace(teacher, unet=average).to(device_of(average)), history

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 
-from cmlib.submissions import exercises
+from cmlib.grader.submissions import exercises
 
 SOLUTIONS = Path(__file__).resolve().parent.parent / "notebooks" / "solutions"
 

@@ -14,14 +14,14 @@ from cmlib import compare as comparing
 from cmlib import data, evaluate, parity, pipeline, plots, protocol, ranks, recipes, report, sizing
 from cmlib import demo as demo_run
 from cmlib import export as exporting
-from cmlib import serve as serving
-from cmlib import site as sites
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction
 from cmlib.files import sha256, write_json
 from cmlib.ops import indexed_normal
 from cmlib.process import DDPM
 from cmlib.profiles import Profile, small_unet
+from cmlib.serving import serve as serving
+from cmlib.serving import site as sites
 from cmlib.teacher import Teacher
 from cmlib.unet import UNet, balanced, classes, given
 
@@ -333,7 +333,7 @@ def serve(args: Namespace, profile: Profile) -> Metrics:
 
 def grade(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib grade`"""
-    from cmlib import grading  # psutil, nbformat and nbgrader are the instructor's
+    from cmlib.grader import grading  # psutil, nbformat and nbgrader are the instructor's
 
     return grading.grade(args.folder, args.exercises, args.out)
 

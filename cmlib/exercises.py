@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from cmlib import (
+from cmlib.checks import NOT_DONE, Exercise
+from cmlib.course import (
     lesson1,
     lesson2,
     lesson3,
@@ -20,7 +21,6 @@ from cmlib import (
     persona5,
     persona6,
 )
-from cmlib.checks import NOT_DONE, Exercise
 
 EXERCISES: dict[str, Exercise] = {
     f"{number:02d}.{name}": exercise

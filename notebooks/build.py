@@ -26,8 +26,8 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
+from cmlib.grader.submissions import student_version
 from cmlib.handin import SEED
-from cmlib.submissions import student_version
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

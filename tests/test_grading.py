@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 
 import build  # noqa: E402
 
-from cmlib import gradebook, grading, sandbox  # noqa: E402
 from cmlib.cli import main  # noqa: E402
+from cmlib.grader import gradebook, grading, sandbox  # noqa: E402
+from cmlib.grader.submissions import collect, exercises, merge, parse, published, recognise, similar, whose  # noqa: E402
 from cmlib.handin import FOLDER, SEED, HandIn, Work, seed_of  # noqa: E402
-from cmlib.submissions import collect, exercises, merge, parse, published, recognise, similar, whose  # noqa: E402
 from tests.faults.test_grading_faults import COPY, DOUBLE, GOOD, ORIGINAL, TOTAL, solved, stripped, write  # noqa: E402
 
 PERSONAS = exercises(ROOT / "notebooks" / "solutions")
@@ -390,7 +390,7 @@ def test_one_page_that_fails_stops_no_other(room, monkeypatch):
 
 def test_odd_files_beside_a_graded_notebook_are_told(room):
     source, out, grade, ran = room
-    write(source / "ana" / "tiny.ipynb", GOOD, added=["import cmlib.persona1"])
+    write(source / "ana" / "tiny.ipynb", GOOD, added=["import cmlib.course.persona1"])
     (source / "ana" / "tiny (1).ipynb").write_text("{")
     write(source / "ben" / "tiny.ipynb", GOOD, change=lambda n: n.cells[3].update(outputs=[seed_shown("9" * 5000)]))
     (source / "cara").mkdir()
@@ -398,7 +398,7 @@ def test_odd_files_beside_a_graded_notebook_are_told(room):
     assert grade() == 0
     ana, ben, cara = table(out / "grades.csv")
     assert ana["auto"] == "5.0" and "not a notebook that can be read (JSONDecodeError): tiny (1).ipynb" in ana["flags"]
-    assert "mentions import cmlib.persona1: read it" in ana["flags"]
+    assert "mentions import cmlib.course.persona1: read it" in ana["flags"]
     assert (
         ben["auto"] == "5.0" and cara["graded"] == "no" and "a zip, unpack it there and grade again: work.zip" in cara["flags"]
     )

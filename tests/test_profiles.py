@@ -12,9 +12,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from cmlib import cli, data, evaluate, latents, persona6, profiles, ranks, recipes
+from cmlib import cli, data, evaluate, latents, profiles, ranks, recipes
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction
+from cmlib.course import persona6
 from cmlib.process import DDPM
 from cmlib.teacher import Teacher
 from cmlib.unet import UNet, balanced, classes

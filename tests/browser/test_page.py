@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cmlib import site
 from cmlib.consistency import ConsistencyFunction, sample
 from cmlib.ops import indexed_normal
+from cmlib.serving import site
 from cmlib.unet import UNet
 from tests.small import UNET
 

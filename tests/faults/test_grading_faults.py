@@ -21,9 +21,9 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 
 import build  # noqa: E402
 
-from cmlib import grading, sandbox  # noqa: E402
-from cmlib.sandbox import Limits  # noqa: E402
-from cmlib.submissions import student_version  # noqa: E402
+from cmlib.grader import grading, sandbox  # noqa: E402
+from cmlib.grader.sandbox import Limits  # noqa: E402
+from cmlib.grader.submissions import student_version  # noqa: E402
 
 SOURCE = """
 # %% locked="imports"

@@ -24,7 +24,8 @@
 # %% locked="imports"
 import torch
 
-from cmlib import persona1, plots
+from cmlib import plots
+from cmlib.course import persona1
 from cmlib.exercises import check
 from cmlib.handin import HandIn
 

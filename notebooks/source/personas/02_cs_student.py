@@ -29,9 +29,10 @@ import time
 
 import torch
 
-from cmlib import data, persona2, plots, profiles
+from cmlib import data, plots, profiles
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction
+from cmlib.course import persona2
 from cmlib.exercises import check
 from cmlib.handin import HandIn
 from cmlib.objectives import Denoising, EndpointRegression

@@ -30,7 +30,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cmlib import data, export, formats, persona3, plots
+from cmlib import data, export, formats, plots
+from cmlib.course import persona3
 from cmlib.exercises import check
 from cmlib.handin import HandIn
 

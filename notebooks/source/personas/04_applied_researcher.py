@@ -27,7 +27,8 @@ import copy
 import matplotlib.pyplot as plt
 import torch
 
-from cmlib import data, persona4, plots, profiles
+from cmlib import data, plots, profiles
+from cmlib.course import persona4
 from cmlib.exercises import check
 from cmlib.handin import HandIn
 from cmlib.objectives import BootstrapRegression, ConsistencyDistillation

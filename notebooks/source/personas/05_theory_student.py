@@ -26,7 +26,8 @@ from functools import partial
 
 import torch
 
-from cmlib import persona4, persona5, plots, profiles
+from cmlib import plots, profiles
+from cmlib.course import persona4, persona5
 from cmlib.evaluate import self_consistency_gap
 from cmlib.exercises import check
 from cmlib.handin import HandIn

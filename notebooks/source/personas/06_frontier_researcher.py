@@ -29,7 +29,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
-from cmlib import data, persona6, plots, profiles
+from cmlib import data, plots, profiles
+from cmlib.course import persona6
 from cmlib.exercises import check
 from cmlib.handin import HandIn
 from cmlib.objectives import ECT, SCT

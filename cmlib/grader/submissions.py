@@ -17,7 +17,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from cmlib.runner import ROOM
+from cmlib.grader.runner import ROOM
 
 MARK = re.compile(r"@(answer|graded|locked) (\w+)")
 MODEL = re.compile(r"<!-- BEGIN SOLUTION -->(.*?)<!-- END SOLUTION -->", re.S)

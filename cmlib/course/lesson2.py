@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cmlib.checks import Exercise
-from cmlib.lesson1 import _EPS, _LEVELS, _X
+from cmlib.course.lesson1 import _EPS, _LEVELS, _X
 from cmlib.ops import expand_like
 
 Network = Callable[[Tensor, Tensor], Tensor]

@@ -24,12 +24,12 @@ from nbformat import NotebookNode
 from torch import Tensor
 from tqdm import tqdm
 
-from cmlib import gradebook, sandbox, submissions
 from cmlib.files import read_sealed, write_atomically, write_sealed
-from cmlib.gradebook import Result
+from cmlib.grader import gradebook, sandbox, submissions
+from cmlib.grader.gradebook import Result
+from cmlib.grader.runner import KILLED
+from cmlib.grader.submissions import HIDDEN, GradedExercise, Submission, collect, exercises, merge, parse, recognise, similar
 from cmlib.handin import FOLDER, SEED, Work, seed_of
-from cmlib.runner import KILLED
-from cmlib.submissions import HIDDEN, GradedExercise, Submission, collect, exercises, merge, parse, recognise, similar
 
 LARGEST = 16_000_000  # bytes of a value
 ALIKE = 0.8  # share of common runs above which two submissions are flagged
@@ -112,7 +112,7 @@ def grade_one(
         nbformat.write(bare, folder / "notebook.ipynb")
         limits = sandbox.Limits()
         why = sandbox.run(
-            [sys.executable, "-m", "cmlib.runner", limits.told()],
+            [sys.executable, "-m", "cmlib.grader.runner", limits.told()],
             folder,
             limits,
             hidden=hidden,

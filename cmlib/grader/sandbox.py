@@ -20,12 +20,12 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/fonts", "/etc/ld.so.cache"]
 STOP = threading.Event()  # set: whatever runs here is killed
 USERS = itertools.count()
 UNCOVERED = 97  # exit status: a place could not be hidden, so nothing ran
-PROBE = """import os, pathlib, subprocess, sys, cmlib.runner
+PROBE = """import os, pathlib, subprocess, sys, cmlib.grader.runner
 files = (pathlib.Path(cmlib.__file__).parents[1] / "data").rglob("*")
 seen = all(os.access(f, os.R_OK) for f in files)
 sys.exit(not seen or subprocess.call([sys.executable, "-c", "import ipykernel, torch"]))"""
@@ -48,7 +48,7 @@ class Limits:
     processes: int = 50
 
     def told(self) -> str:
-        """As JSON for `cmlib.runner`, which sets what the kernel of the system can hold."""
+        """As JSON for `cmlib.grader.runner`, which sets what the kernel of the system can hold."""
         threads = 200  # more than of all processes of a user who has others
         if os.getuid() != 0:
             mine = (p.info for p in psutil.process_iter(["uids", "num_threads"]))

@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 from cmlib import plots
 from cmlib.files import write_atomically
+from cmlib.grader.submissions import GradedExercise
 from cmlib.report import FIGURE, PAGE
-from cmlib.submissions import GradedExercise
 
 TAGS = (
     "a b blockquote br code del details div em h1 h2 h3 h4 h5 h6 hr i img li ol p pre span strong sub summary sup"

@@ -1,4 +1,4 @@
-"""`python -m cmlib.runner`, inside the sandbox: execute notebook.ipynb of this folder and keep what it printed.
+"""`python -m cmlib.grader.runner`, inside the sandbox: execute notebook.ipynb of this folder and keep what it printed.
 
 Nothing here is trusted by the grader: the notebook that runs may change or kill this process.
 """

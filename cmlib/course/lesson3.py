@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cmlib.checks import Exercise
-from cmlib.lesson1 import _EPS, _X
+from cmlib.course.lesson1 import _EPS, _X
 
 _PAIRS = [(torch.tensor(a), torch.tensor(b)) for a, b in ((0.5, 0.9), (0.02, 0.03), (0.9, 0.999))]  # ᾱ_n, ᾱ_r
 

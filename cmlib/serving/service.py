@@ -34,7 +34,7 @@ from torch import Tensor
 from cmlib import __version__, formats
 from cmlib.data import to_float
 from cmlib.ops import indexed_normal
-from cmlib.site import described
+from cmlib.serving.site import described
 
 
 class Arguments(BaseModel):

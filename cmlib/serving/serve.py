@@ -36,4 +36,4 @@ def start(
 
     settings = {"folder": str(folder.resolve()), "name": name, "workers": workers, "timeout": timeout, "queue": queue}
     print(f"http://{host}:{port} has the page, http://{host}:{port}/docs the endpoints; Ctrl+C stops it", flush=True)
-    bentoml.serve("cmlib.service:Student", host=host, port=port, blocking=True, args={**settings, "tensorrt": tensorrt})
+    bentoml.serve("cmlib.serving.service:Student", host=host, port=port, blocking=True, args={**settings, "tensorrt": tensorrt})

@@ -1,0 +1,1 @@
+"""What the notebooks say and check: a module a lesson and a persona's exercise."""

@@ -1,0 +1,1 @@
+"""A student behind HTTP, and the page that runs it in a browser."""

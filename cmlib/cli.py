@@ -18,7 +18,7 @@ from cmlib.demo import peak_memory_mb
 from cmlib.export import FORMATS
 from cmlib.files import write_json
 from cmlib.ops import seed_everything
-from cmlib.profiles import PROFILES, select
+from cmlib.profiles import PROFILES, Profile, select
 from cmlib.recipes import OBJECTIVES
 from cmlib.sizing import PLANS
 from cmlib.teacher import SOLVERS
@@ -161,6 +161,43 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
+COUNTS = (
+    *("updates", "limit", "samples", "pairs", "steps", "evaluations", "n", "delta", "batch_size", "seeds"),
+    *("budget_images", "workers", "timeout", "queue"),
+)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError naming the option that is out of its range."""
+    for name in COUNTS:
+        if (value := getattr(args, name, None)) is not None and not 1 <= value <= 10**9:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1 and at most 10^9, got {value}")
+    if getattr(args, "patience", 0) < 0:
+        raise ValueError(f"--patience must be at least 0, got {args.patience}")
+    if (lr := getattr(args, "lr", None)) is not None and not 0 < lr < float("inf"):
+        raise ValueError(f"--lr must be a positive number, got {lr}")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed must lie in 0 … 2^63 − 1, got {args.seed}")
+    if args.profile and getattr(args, "quick", False):
+        raise ValueError("--quick is a profile of its own; give --quick or --profile, not both")
+
+
+def _prepare(args: argparse.Namespace) -> Profile:
+    """The profile with the data set asked for; `args.out` is settled and made."""
+    quick = "quick" if getattr(args, "quick", False) else None
+    default = "cpu" if args.function is commands.demo and "CMLIB_PROFILE" not in os.environ else None
+    profile = select(args.profile or quick or default)  # the demo is about embedded data on any machine
+    if args.out is None:
+        parts = [args.function.__name__.replace("_", "-"), quick, args.dataset and Path(args.dataset).name]
+        parts += ["own-teacher" if getattr(args, "train_teacher", False) else None, f"seed{args.seed}" if args.seed else None]
+        args.out = Path("runs") / "-".join(filter(None, parts))
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder --out {args.out} ({error.strerror}); give another") from error
+    return replace(profile, dataset=args.dataset or profile.dataset)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point: 0 on success, 2 with one line on bad input, 130 when interrupted."""
     for stream in (sys.stdout, sys.stderr):
@@ -168,47 +205,8 @@ def main(argv: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")  # a terminal that has no σ shall not end a run
     args = parser().parse_args(argv)
     try:
-        for name in (
-            "updates",
-            "limit",
-            "samples",
-            "pairs",
-            "steps",
-            "evaluations",
-            "n",
-            "delta",
-            "batch_size",
-            "seeds",
-            "budget_images",
-            "workers",
-            "timeout",
-            "queue",
-        ):
-            if (value := getattr(args, name, None)) is not None and not 1 <= value <= 10**9:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1 and at most 10^9, got {value}")
-        if getattr(args, "patience", 0) < 0:
-            raise ValueError(f"--patience must be at least 0, got {args.patience}")
-        if (lr := getattr(args, "lr", None)) is not None and not 0 < lr < float("inf"):
-            raise ValueError(f"--lr must be a positive number, got {lr}")
-        if not 0 <= args.seed < 2**63:
-            raise ValueError(f"--seed must lie in 0 … 2^63 − 1, got {args.seed}")
-        if args.profile and getattr(args, "quick", False):
-            raise ValueError("--quick is a profile of its own; give --quick or --profile, not both")
-        quick = "quick" if getattr(args, "quick", False) else None
-        default = "cpu" if args.function is commands.demo and "CMLIB_PROFILE" not in os.environ else None
-        profile = select(args.profile or quick or default)  # the demo is about embedded data on any machine
-        profile = replace(profile, dataset=args.dataset or profile.dataset)
-        if args.out is None:
-            parts = [args.function.__name__.replace("_", "-"), quick, args.dataset and Path(args.dataset).name]
-            parts += [
-                "own-teacher" if getattr(args, "train_teacher", False) else None,
-                f"seed{args.seed}" if args.seed else None,
-            ]
-            args.out = Path("runs") / "-".join(filter(None, parts))
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot make the folder --out {args.out} ({error.strerror}); give another") from error
+        _check(args)
+        profile = _prepare(args)
         with ranks.joined():
             seed_everything(args.seed)
             begin = time.monotonic()

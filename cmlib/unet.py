@@ -204,8 +204,7 @@ class UNet(nn.Module):
         }  # fmt: skip
         if unknown or not len(block_out_channels) == len(down_block_types) == len(up_block_types):
             raise ValueError(f"block types must be plain or Attn Down/UpBlock2D, one a level; got {sorted(unknown)}")
-        widths = list(block_out_channels)
-        temb = 4 * widths[0]
+        widths, temb = list(block_out_channels), 4 * block_out_channels[0]
 
         def resnet(c_in: int, c_out: int) -> ResnetBlock:
             return ResnetBlock(c_in, c_out, temb, norm_num_groups, norm_eps, dropout)

@@ -43,4 +43,4 @@ def test_size():
         for node in ast.walk(ast.parse(p.read_text()))
         if isinstance(node, ast.FunctionDef)
     ]
-    assert not [f for f in functions if f[2] > 85], "longer than 85 lines"
+    assert [f for f in functions if f[2] > 60] == [("train", "fit", 85)], "longer than 60 lines; half of fit is its signature"

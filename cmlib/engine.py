@@ -59,10 +59,11 @@ def read(path: Path) -> Network:
             return torch.cat([run(*part) for part in zip(x.split(MAX_BATCH), t.split(MAX_BATCH), strict=True)])
         tensors = {"x": x.contiguous(), "t": t.contiguous(), "x0_hat": torch.empty(x.shape, device=x.device)}
         for name, tensor in tensors.items():
-            if name != "x0_hat":
-                context.set_input_shape(name, tuple(tensor.shape))
+            if name != "x0_hat" and not context.set_input_shape(name, tuple(tensor.shape)):
+                raise RuntimeError(f"TensorRT refuses {name} of shape {list(tensor.shape)}")
             context.set_tensor_address(name, tensor.data_ptr())
-        context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+        if not context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError("TensorRT could not run the engine")
         return tensors["x0_hat"]
 
     return run

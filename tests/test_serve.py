@@ -31,7 +31,8 @@ bentoml = pytest.importorskip("bentoml", reason="pip install -e '.[serve]'")
 
 DIGITS = Path(__file__).resolve().parent.parent / "data" / "digits_student.safetensors"
 TOLERANCE = 1e-4  # of an image's pixels, in [-1, 1], alone or in any batch
-SLOW, WRONG = 100.0, 13.0  # the stand-in's levels: above the first it takes its time, near the second it gives NaN
+# the stand-in's levels: above the first it takes its time, up to the second twelve times as much, near the third it gives NaN
+SLOW, SLOWEST, WRONG = 100.0, 110.0, 13.0
 
 
 # ---- the servers
@@ -56,9 +57,10 @@ class Server:
         while time.monotonic() < end:
             try:
                 early = self.post("/sample", {"seeds": [0]}, timeout=5)[:2]
+                alive = self.get("/healthz", timeout=5)[0]
                 if self.get("/readyz", timeout=5)[0] == 200:
                     return self
-                self.before_ready.append(early)
+                self.before_ready.append((*early, alive))
             except OSError:  # nobody listens yet
                 pass
             assert self.process.poll() is None, self.log.read_text()
@@ -88,12 +90,23 @@ class Server:
     def images(self, seeds, evaluations=1):
         return torch.from_numpy(self.arrays("/sample", seeds=list(seeds), evaluations=evaluations)["images"])
 
+    def counted(self, name):
+        """One of the server's metrics; without labels, the sum over all of them."""
+        lines = self.get("/metrics")[2].decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+
     def family(self):
         parent = psutil.Process(self.process.pid)
         return [parent, *parent.children(recursive=True)]
 
     def worker(self):
         return max(self.family()[1:], key=lambda p: p.memory_info().rss)
+
+    def recovered(self):
+        """Wait until a request is answered again; until then they are refused for now."""
+        end = time.monotonic() + 20
+        while (status := self.post("/sample", {"seeds": [0]})[0]) != 200:
+            assert status in (429, 503, 504) and time.monotonic() < end
 
     def stop(self):
         self.process.terminate()
@@ -123,11 +136,13 @@ def server(tmp_path_factory):
 
 
 def stand_in(folder, seconds):
-    """An export of f(x, t) = x/(1 + t): for t > SLOW it takes about `seconds`, for t near WRONG it is NaN."""
+    """An export of f(x, t) = x/(1 + t): for t > SLOW it takes about `seconds`, up to SLOWEST twelve times as many, and for t
+    near WRONG it is NaN."""
     from onnx import TensorProto, helper, numpy_helper
 
     def model(turns):
         constants = {"one": 1.0, "slow": SLOW, "wrong": WRONG, "half": 0.5, "nan": np.nan, "turns": float(turns)}
+        constants |= {"slowest": SLOWEST, "twelve": 12.0}
         weights = [numpy_helper.from_array(np.array(v, np.float32), k) for k, v in constants.items()]
         weights += [numpy_helper.from_array(np.eye(256, dtype=np.float32), "eye")]
         weights += [numpy_helper.from_array(np.array([-1, 1, 1, 1]), "rows"), numpy_helper.from_array(np.array(True), "go")]
@@ -146,7 +161,10 @@ def stand_in(folder, seconds):
             helper.make_node("ReduceMax", ["t"], ["highest"], keepdims=0),
             helper.make_node("Greater", ["highest", "slow"], ["is_slow"]),
             helper.make_node("Cast", ["is_slow"], ["times"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", ["times", "turns"], ["count"]),
+            helper.make_node("Less", ["highest", "slowest"], ["is_slowest"]),
+            helper.make_node("Where", ["is_slowest", "twelve", "one"], ["factor"]),
+            helper.make_node("Mul", ["times", "factor"], ["times_factor"]),
+            helper.make_node("Mul", ["times_factor", "turns"], ["count"]),
             helper.make_node("Cast", ["count"], ["trips"], to=TensorProto.INT64),
             helper.make_node("Loop", ["trips", "go", "eye"], ["spun"], body=body),
             helper.make_node("ReduceMean", ["spun"], ["mean"], keepdims=0),  # 1/256, whatever the number of turns
@@ -166,7 +184,7 @@ def stand_in(folder, seconds):
 
     def spent(turns):
         (folder / "model.onnx").write_bytes(model(turns))
-        f, x, t = formats.read_onnx(folder / "model.onnx"), torch.zeros(1, 1, 8, 8), torch.full((1,), SLOW + 1)
+        f, x, t = formats.read_onnx(folder / "model.onnx"), torch.zeros(1, 1, 8, 8), torch.full((1,), SLOWEST + 1)
         f(x, t)
         start = time.perf_counter()
         f(x, t)
@@ -237,12 +255,15 @@ def test_alone_or_batched_the_same_images(server):
         together = list(pool.map(lambda s: server.images([s % 8, 100 + s, 200 + s]), range(64)))
     for s, images in enumerate(together):
         torch.testing.assert_close(images[:1], alone[s % 8 : s % 8 + 1], atol=TOLERANCE, rtol=0)
-    metrics = server.get("/metrics")[2].decode()
-    batches, images = (
-        float(line.split()[-1]) for name in ("count", "sum") for line in metrics.splitlines()
-        if line.startswith(f"cmlib_evaluation_images_{name}")
-    )  # fmt: skip
-    assert images / batches > 2, "requests did share evaluations"
+    assert server.counted("cmlib_evaluation_images_sum") > 2 * server.counted("cmlib_evaluation_images_count"), "shared"
+
+
+def test_a_request_cut_over_two_evaluations_is_put_together_again(server):
+    parts = [range(40 * k, 40 * k + 40) for k in range(6)]  # at most 64 in one evaluation
+    alone = [server.images(part) for part in parts]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        for images, truth in zip(pool.map(server.images, parts), alone, strict=True):
+            torch.testing.assert_close(images, truth, atol=TOLERANCE, rtol=0)
 
 
 def test_the_page_is_there(server):
@@ -272,6 +293,7 @@ BLACK = [[0] * 8 for _ in range(8)]
         ("/sample", {"seeds": [True]}, 422),
         ("/sample", {"seeds": [float("nan")]}, 422),
         ("/sample", {"seeds": [0], "evaluations": 3}, 422),
+        ("/sample", {"seeds": [0], "evaluations": True}, 422),
         ("/sample", {"seeds": [0], "format": "gif"}, 422),
         ("/sample", {"seeds": [0], "evaluation": 2}, 422),
         ("/jump", {"image": BLACK, "sigma": float("inf")}, 422),
@@ -321,17 +343,21 @@ def test_schema_holds_over_a_thousand_cases(server, tmp_path):
 def test_not_ready_until_warm(knobs):
     """The stand-in is slow to warm up: until it has been, the server is alive, says so, and refuses work."""
     assert knobs.before_ready
-    assert all(status == 503 and headers["retry-after"] == "1" for status, headers in knobs.before_ready)
-    assert knobs.get("/healthz")[0] == 200
+    assert all(status == 503 and headers["retry-after"] == "1" for status, headers, _ in knobs.before_ready)
+    assert {alive for _, _, alive in knobs.before_ready} == {200}
 
 
 def test_output_that_is_not_finite_is_an_error_and_harms_no_neighbour(knobs):
     def jump(sigma):
         return knobs.post("/jump", {"image": BLACK, "sigma": sigma, "seed": 1, "format": "npz"})
 
-    alone = jump(2.0)[2]
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+    alone, evaluations = jump(2.0)[2], knobs.counted("cmlib_evaluation_images_count")
+    with concurrent.futures.ThreadPoolExecutor(25) as pool:
+        first = pool.submit(knobs.post, "/sample", {"seeds": [0]})  # while it takes its time, the others gather
+        time.sleep(0.2)
         answers = list(pool.map(jump, [WRONG if k % 3 == 0 else 2.0 for k in range(24)]))
+        assert first.result()[0] == 200
+    assert knobs.counted("cmlib_evaluation_images_count") - evaluations <= 8, "good and bad rows shared evaluations"
     for k, (status, _, body) in enumerate(answers):
         if k % 3 == 0:
             assert status == 500 and b"not finite" in body
@@ -346,18 +372,17 @@ def test_a_full_queue_answers_429_at_once_and_recovers(knobs):
     statuses = [status for status, _, _ in answers]
     assert set(statuses) <= {200, 429, 503, 504} and statuses.count(200) >= 1 and statuses.count(429) >= 4, statuses
     assert all(headers["retry-after"] == "1" for status, headers, _ in answers if status in (429, 503))
-    end = time.monotonic() + 20
-    while (status := knobs.post("/sample", {"seeds": [0]})[0]) != 200:
-        assert status in (429, 503, 504) and time.monotonic() < end
+    knobs.recovered()
 
 
 def test_too_slow_is_504_and_the_next_request_is_fine(knobs):
-    slow = {"seeds": [0], "evaluations": 1}
     start = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda k: (time.sleep(0.02 * k), knobs.post("/sample", slow))[1], range(6)))
-    assert {status for status, _, _ in answers} <= {200, 503, 504}
-    assert time.perf_counter() - start < 10
+    slow, _, _ = knobs.post("/jump", {"image": BLACK, "sigma": (SLOW + SLOWEST) / 2})  # six seconds of work, four allowed
+    assert slow == 504 and 3 < time.perf_counter() - start < 6
+    knobs.recovered()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # what timed out has left the queue, which holds just these
+        both = list(pool.map(lambda k: knobs.post("/sample", {"seeds": list(range(48 * k, 48 * k + 48))})[0], range(2)))
+    assert both == [200, 200]
     stalled = http.client.HTTPConnection("127.0.0.1", knobs.port, timeout=20)
     stalled.request("POST", "/sample", iter([]), {"Content-Type": "application/json", "Content-Length": "100"})
     assert stalled.getresponse().status == 504, "a body that never comes ends, too"
@@ -368,16 +393,18 @@ def test_too_slow_is_504_and_the_next_request_is_fine(knobs):
 
 
 def test_memory_is_flat(server):
-    """Over 10,000 requests of all kinds: a kilobyte more for each of the last 6,000 would show."""
+    """Over 10,000 requests, more than half of them through the model: a kilobyte more for each of the last 6,000 would show."""
     jump, bad = ({"image": image, "sigma": 1.0, "seed": 3} for image in (BLACK, BLACK[1:]))
     kinds = [("POST", "/jump", json.dumps(jump), 200), ("POST", "/jump", json.dumps(bad), 422)]
-    kinds += [("POST", "/sample", "not JSON", 422), ("GET", "/page/nothing-{}", None, 404), ("GET", "/healthz", None, 200)]
+    for wanted in ({"seeds": [1, 2, 3]}, {"seeds": [4], "evaluations": 2, "format": "npz"}, {"seeds": [5]}):
+        kinds.append(("POST", "/sample", json.dumps(wanted), 200))
+    kinds += [("POST", "/sample", "not JSON", 422), ("GET", "/page/nothing-{}", None, 404)]
 
     def some(count):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         for k in range(count):
             method, path, body, status = kinds[k % len(kinds)]
-            connection.request(method, path.format(k), body, {"Content-Type": "application/json"})
+            connection.request(method, path.replace("{}", str(k)), body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             answer.read()
             assert answer.status == status
@@ -411,6 +438,29 @@ def test_sigterm_answers_what_is_at_work_and_leaves_nothing(knobs):
         knobs.get("/healthz")
 
 
+def test_two_workers_and_a_client_that_does_not_listen(page):
+    """One port, one /metrics; SIGTERM waits for such a client no longer than for a request, and leaves nothing."""
+    folder = page()
+    (folder / "page" / "large.bin").write_bytes(bytes(64_000_000))  # more than sockets hold
+    with serving(
+        ["--checkpoint", str(DIGITS)], folder, "--workers", "2", "--timeout", "2", "--queue", "8", "--host", "localhost"
+    ) as server:
+        assert len(server.family()) >= 3
+        answered = 'cmlib_request_seconds_count{endpoint="/sample",status="200"}'
+        before = server.counted(answered)
+        for _ in range(20):
+            server.recovered()  # each worker warms up by itself
+        assert server.counted(answered) == before + 20
+        assert server.post("/sample", {"seeds": list(range(9))})[0] == 422, "more than the queue holds is refused for good"
+        family, deaf = server.family(), socket.create_connection(("127.0.0.1", server.port))
+        deaf.sendall(b"GET /page/large.bin HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(0.5)
+        server.process.terminate()
+        assert server.process.wait(20) == 0
+        deaf.close()
+        assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
 def refused(capsys, out, *student):
     assert main(["serve", "--profile", "ci", "--out", str(out), *map(str, student)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -438,6 +488,16 @@ def test_wrong_models_are_refused_in_one_line(tmp_path, capsys):
     assert "ONNX Runtime cannot run" in changed(half, sha256=hashlib.sha256(half).hexdigest())
     assert "ONNX Runtime cannot run" in changed(text, sha256=hashlib.sha256(text).hexdigest())
     assert "cmlib export --format onnx" in changed(model, format="tensorrt")
+    (tmp_path / "victim").write_text("precious")
+    digest = hashlib.sha256(model).hexdigest()
+    assert "cmlib export --format onnx" in changed(model, file="../../../victim", sha256=digest)
+    assert "cmlib export --format onnx" in changed(model, file=str(tmp_path / "victim"), sha256=digest)
+    assert (tmp_path / "victim").read_text() == "precious" and not list((tmp_path / "out").rglob("*.onnx")), "none is copied"
+    lacks = {**told["sampling"], "sigmas": {"2": told["sampling"]["sigmas"]["2"]}}
+    assert "holds no export" in changed(model, sampling=lacks)
+    for levels in ([float("nan"), 1.0], [1.0, 2.0], [1e9, 1.0]):
+        odd = {**told["sampling"], "sigmas": {"1": levels[:1], "2": levels}}
+        assert "noise levels" in changed(model, sampling=odd)
     latent = json.loads(json.dumps(told["inputs"]).replace('"batch", 1, 8, 8', '"batch", 4, 8, 8'))
     assert "cannot run" in changed(model, inputs=latent)
     assert "holds no export" in refused(capsys, tmp_path / "out", "--onnx", tmp_path)
@@ -448,3 +508,6 @@ def test_wrong_models_are_refused_in_one_line(tmp_path, capsys):
         taken.listen()
         port = taken.getsockname()[1]
         assert f"cannot listen on 127.0.0.1:{port}" in refused(capsys, tmp_path / "out", "--onnx", good, "--port", port)
+    assert "65535" in refused(capsys, tmp_path / "out", "--onnx", good, "--port", 70_000)
+    assert "cannot listen on no.invalid:3000" in refused(capsys, tmp_path / "out", "--onnx", good, "--host", "no.invalid")
+    assert not list((tmp_path / "out").rglob("*.onnx")), "before anything is computed"

@@ -1,6 +1,6 @@
 """The served student: BentoML's workers and adaptive batching, ONNX Runtime underneath, a strict schema in front.
 
-BentoML imports this module in its workers, with the arguments that `serve.start` gave; nothing else imports it.
+`serve.start` and BentoML's workers import this module, with the arguments that `start` set; nothing else does.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -54,7 +54,7 @@ TOLD = described(MODEL)
 SHAPE: list[int] = TOLD["inputs"]["x"]["shape"][1:]  # [C,H,W]
 LEVELS: dict[str, list[float]] = TOLD["sampling"]["sigmas"]
 SIGMA_MIN, SIGMA_MAX = TOLD["inputs"]["t"]["min"], TOLD["inputs"]["t"]["max"]
-BATCH, IMAGES = 64, 64  # images in one evaluation, and in one request
+BATCH, IMAGES = 64, min(64, ARGS.queue)  # images in one evaluation, and in one request
 RETRY = {"Retry-After": "1"}
 SECONDS = [1e-3 * 2**k for k in range(16)]
 REQUESTS = Histogram("cmlib_request_seconds", "Until the answer starts", ["endpoint", "status"], buckets=SECONDS)
@@ -89,7 +89,7 @@ class SampleRequest(Strict):
     """Images from noise, one a seed, in one or two evaluations of f."""
 
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=IMAGES)]
-    evaluations: Literal[1, 2] = 1
+    evaluations: Annotated[int, Field(ge=1, le=2), Whole] = 1
     format: Format = "png"
 
 
@@ -224,21 +224,32 @@ class Student:
         done = iter(images)
         return [[(next(done), seconds) for _ in job] for job in jobs]
 
-    def _left(self, done: asyncio.Future[Any], n: int) -> None:
-        self.waiting -= n
-        if not done.cancelled():
-            done.exception()  # nobody may be waiting for it any more
-
-    async def evaluate(self, x: Tensor, sigma: float) -> tuple[Tensor, float]:
-        """f(x, σ) [N,C,H,W], clipped, and the seconds it took. Raises HTTPException 429, 500 or 503."""
+    @contextmanager
+    def place(self, n: int) -> Iterator[list[asyncio.Future[Any]]]:
+        """Room in the queue for a request of n images, until the last of the evaluations that are put into the list is done,
+        even if nobody waits for it any more. Raises HTTPException 429 or 503."""
         if not self.warm:
             raise HTTPException(503, "the model is not warm yet; try again", RETRY)
-        if self.waiting + len(x) > ARGS.queue:
+        if self.waiting + n > ARGS.queue:
             raise HTTPException(429, "too many images wait; try again", RETRY)
-        self.waiting += len(x)
-        work = asyncio.ensure_future(self.batched([(row, sigma) for row in x]))
-        work.add_done_callback(partial(self._left, n=len(x)))
-        rows = await asyncio.shield(work)  # a request that times out leaves its batch in peace
+        self.waiting += n
+        work: list[asyncio.Future[Any]] = []
+
+        def leave(_: Any = None) -> None:
+            self.waiting -= n
+
+        try:
+            yield work
+        finally:
+            if work and not work[-1].done():
+                work[-1].add_done_callback(leave)
+            else:
+                leave()
+
+    async def evaluate(self, work: list[asyncio.Future[Any]], x: Tensor, sigma: float) -> tuple[Tensor, float]:
+        """f(x, σ) [N,C,H,W], clipped, and the seconds it took. Raises HTTPException 500 or 503."""
+        work.append(asyncio.ensure_future(self.batched([(row, sigma) for row in x])))
+        rows = await asyncio.shield(work[-1])  # a request that times out leaves its batch in peace
         images = torch.stack([image for image, _ in rows])
         if not bool(images.isfinite().all()):
             raise HTTPException(500, "the model's output is not finite")
@@ -248,11 +259,13 @@ class Student:
     async def sample(self, wanted: SampleRequest) -> Response:
         """Images from noise (CM Alg. 1); seed s draws `indexed_normal(0, [s], shape, stream=k)` for evaluation k."""
         x, seconds = torch.zeros(len(wanted.seeds), *SHAPE), 0.0
-        for k, sigma in enumerate(LEVELS[str(wanted.evaluations)]):
-            scale = sigma if k == 0 else math.sqrt(sigma**2 - SIGMA_MIN**2)
-            x, took = await self.evaluate(x + scale * indexed_normal(0, wanted.seeds, SHAPE, stream=k), sigma)
-            seconds += took
-        return _answer({"images": x}, wanted.format, seconds)
+        with self.place(len(wanted.seeds)) as work:
+            for k, sigma in enumerate(LEVELS[str(wanted.evaluations)]):
+                scale = sigma if k == 0 else math.sqrt(sigma**2 - SIGMA_MIN**2)
+                noise = await anyio.to_thread.run_sync(indexed_normal, 0, wanted.seeds, SHAPE, k)
+                x, took = await self.evaluate(work, x + scale * noise, sigma)
+                seconds += took
+        return await anyio.to_thread.run_sync(_answer, {"images": x}, wanted.format, seconds)
 
     @app.post("/jump", response_class=Response, responses={200: PICTURES})
     async def jump(self, wanted: JumpRequest) -> Response:
@@ -260,7 +273,8 @@ class Student:
         pixels = torch.tensor(wanted.image, dtype=torch.uint8).reshape(1, *SHAPE[1:], SHAPE[0])
         x0 = to_float(pixels.permute(0, 3, 1, 2))
         x = x0 + wanted.sigma * indexed_normal(0, [wanted.seed], SHAPE)
-        restored, seconds = await self.evaluate(x, wanted.sigma)
+        with self.place(1) as work:
+            restored, seconds = await self.evaluate(work, x, wanted.sigma)
         noisy = x if wanted.format == "npz" else x / math.sqrt(1 + wanted.sigma**2)
         return _answer({"noisy": noisy, "restored": restored}, wanted.format, seconds)
 

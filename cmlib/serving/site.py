@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def write(
     shipped one, if there is one; `assets` is a folder with onnxruntime-web's files, for use without a network. Returns the
     model's entry in the page's settings. Raises ValueError.
     """
-    name = Path(dataset).name
+    name = Path(dataset).resolve().name if Path(dataset).is_dir() else Path(dataset).name
     model = folder / "page" / name
     told, runtime = place(student, model), bring(assets, folder / "page")
     shape = tuple(told["inputs"]["x"]["shape"][1:])
@@ -75,13 +76,7 @@ def write(
 
 def place(student: Path, folder: Path) -> dict[str, Any]:
     """Put the ONNX model and its metadata into `folder`, unless they are there, and run it once. Returns the metadata."""
-    if student.is_dir():
-        told = described(student)
-        folder.mkdir(parents=True, exist_ok=True)
-        if student.resolve() != folder.resolve():
-            shutil.copyfile(student / told["file"], folder / told["file"])
-            write_json(folder / "metadata.json", told)
-    else:
+    if not student.is_dir():
         f = ConsistencyFunction.load(student)
         try:
             before = described(folder)
@@ -89,14 +84,19 @@ def place(student: Path, folder: Path) -> dict[str, Any]:
             before = {}
         if (before.get("weights_sha256"), before.get("precision")) != (export.weights_sha256(f), "fp32"):
             export.save(f, folder, "onnx")
-    told = described(folder)
+    source = student if student.is_dir() else folder
+    told = described(source)
     shape, sigma = told["inputs"]["x"]["shape"][1:], told["inputs"]["t"]["max"]
     try:
-        made = export.load(folder)(torch.zeros(2, *shape), torch.full((2,), sigma))
+        made = export.load(source)(torch.zeros(2, *shape), torch.full((2,), sigma))
     except Exception as error:  # ONNX Runtime's own types
         raise ValueError(f"ONNX Runtime cannot run {student}: {error}") from error
     if made.shape != (2, *shape) or not bool(made.isfinite().all()):
         raise ValueError(f"{student} makes no images {tuple(shape)}, as its metadata say, or not finite ones")
+    if source.resolve() != folder.resolve():
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / told["file"], folder / told["file"])
+        write_json(folder / "metadata.json", told)
     return told
 
 
@@ -104,14 +104,20 @@ def described(folder: Path) -> dict[str, Any]:
     """The metadata of an ONNX export. Raises ValueError where there are none, or the model is not the one they describe."""
     try:
         told = json.loads((folder / "metadata.json").read_bytes())
-        known = (told["format"], told["file"], told["sampling"]["sigmas"]["2"], told["inputs"]["t"]["max"])
-        whole = sha256(folder / known[1]) == told["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        sampling, t, shape = told["sampling"], told["inputs"]["t"], told["inputs"]["x"]["shape"][1:]
+        one, two = sampling["sigmas"]["1"], sampling["sigmas"]["2"]
+        levels = [0, sampling["sigma_min"], *two[::-1], t["max"]]
+        rising = all(low <= high < math.inf for low, high in pairwise(levels))
+        sound = rising and t["min"] == levels[1] < levels[-1] and one == two[:1] and len(shape) == 3 and min(shape) > 0
+        format, name, known = told["format"], told["file"], told["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{folder} holds no export that cmlib can read ({type(error).__name__})") from error
-    if known[0] != "onnx":
-        raise ValueError(f"{folder} holds {known[0]}; what is served is `cmlib export --format onnx`")
-    if not whole:
-        raise ValueError(f"{folder / known[1]} is not what its metadata describe: damaged, or its export was interrupted")
+    if format != "onnx" or name != export.FORMATS["onnx"][0]:
+        raise ValueError(f"{folder} holds {format} in {name}; what is served is `cmlib export --format onnx`")
+    if not sound:
+        raise ValueError(f"{folder / 'metadata.json'} has noise levels or a shape that no student has; export again")
+    if not (folder / name).is_file() or sha256(folder / name) != known:
+        raise ValueError(f"{folder / name} is not what its metadata describe: damaged, or its export was interrupted")
     return told
 
 

@@ -196,6 +196,14 @@ def test_an_image_of_one_s_own(page, tmp_path):
     page.locator("#file").set_input_files(tmp_path / "half.png")
     page.wait_for_function("document.querySelector('#clean').getContext('2d').getImageData(7, 3, 1, 1).data[0] > 250")
     assert pixels(page, "#clean")[:, :3].max() < 5 and pixels(page, "#clean")[:, 5:].min() > 250, "its middle, cut square"
+    page.get_by_role("button", name="Clear").click()
+    drop = """png => {
+        const carried = new DataTransfer();
+        carried.items.add(new File([Uint8Array.from(png)], "half.png", { type: "image/png" }));
+        document.dispatchEvent(new DragEvent("drop", { dataTransfer: carried, bubbles: true, cancelable: true }));
+    }"""
+    page.evaluate(drop, list((tmp_path / "half.png").read_bytes()))
+    page.wait_for_function("document.querySelector('#clean').getContext('2d').getImageData(7, 3, 1, 1).data[0] > 250")
     (tmp_path / "not.png").write_text("not an image")
     page.locator("#file").set_input_files(tmp_path / "not.png")
     playwright.expect(page.locator("#status")).to_have_text("not.png is not an image that this browser can read.")
@@ -278,6 +286,11 @@ def test_two_students_share_a_page_one_in_colour(folder, chromium, tmp_path):
         page.wait_for_function(ready_again.replace("patterns", "digits"))
         shown(page, 0, 0, level(page))
         assert pixels(page, "#jump").shape == (8, 8)
+        for name in ("patterns", "digits", "patterns", "digits"):  # faster than they load: the last one counts
+            page.get_by_text(name, exact=True).click()
+        page.wait_for_timeout(3_000)
+        page.wait_for_function(ready_again.replace("patterns", "digits"))
+        assert len(page.workers) == 1, "the others' workers have ended"
 
 
 def test_from_the_cdn_only_what_is_pinned(folder, chromium, tmp_path):

@@ -8,7 +8,7 @@ const calm = matchMedia("(prefers-reduced-motion: reduce)");
 const GALLERY = 36;
 
 let student, examples, walks, image; // the student; uint8 examples and walks; the image at work, floats in [-1, 1]
-let chosen = -1, timer = 0, animation = 0, times = [];
+let chosen = -1, timer = 0, animation = 0, times = [], newest = 0;
 
 function say(text, wrong = false) {
   $("status").textContent = text;
@@ -180,6 +180,7 @@ async function open(file) {
   const grey = (i) => 0.299 * data[4 * i] + 0.587 * data[4 * i + 1] + 0.114 * data[4 * i + 2];
   const pixel = (i, c) => (channels === 1 ? grey(i) : data[4 * i + c]);
   choose(Float32Array.from({ length: student.size }, (_, i) => pixel(i % area, Math.floor(i / area)) / 127.5 - 1));
+  $("file").value = ""; // the same file may come again
   ready();
 }
 
@@ -215,14 +216,16 @@ async function backend() {
 
 async function load(model, settings) {
   say(`Loading the student of ${model.name}…`);
-  const place = `${encodeURIComponent(model.name)}/`, wanted = await backend(), before = student;
+  const mine = ++newest, place = `${encodeURIComponent(model.name)}/`, wanted = await backend();
   const loaded = Student.load(model, settings, wanted).catch((error) => {
     if (wanted === "wasm") throw error;
     return Student.load(model, settings, "wasm"); // there was an adapter, but it does not do
   });
   const all = [loaded, bytes(`${place}examples.bin`), model.teacher ? bytes(`${place}walks.bin`) : null];
-  [student, examples, walks] = await Promise.all(all);
-  before?.stop();
+  const [came, ...files] = await Promise.all(all);
+  if (mine !== newest) return came.stop(); // another one was chosen meanwhile
+  student?.stop();
+  [student, examples, walks] = [came, ...files];
   times = [];
   Object.assign($("level"), { max: student.levels.length - 1, value: Math.round(0.4 * student.levels.length), disabled: false });
   $("colour-label").hidden = student.shape[0] === 1;

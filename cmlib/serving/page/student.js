@@ -10,7 +10,10 @@ export class Student {
     const student = new Student();
     Object.assign(student, { ...model, backend, size: model.shape.reduce((a, b) => a * b), last: 0, calls: new Map() });
     student.worker = new Worker(here("worker.js"), { type: "module" });
-    student.worker.onerror = (event) => student.calls.forEach(({ reject }) => reject(new Error(event.message)));
+    student.worker.onerror = (event) => {
+      student.calls.forEach(({ reject }) => reject(new Error(event.message)));
+      student.calls.clear();
+    };
     student.worker.onmessage = ({ data: { id, result, error } }) => {
       const { resolve, reject } = student.calls.get(id);
       student.calls.delete(id);

@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _command(parent: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
     p = parent.add_parser(name, help=text, description=text)
-    p.set_defaults(function=function)
+    p.set_defaults(function=function, folder=p.prog.removeprefix("cmlib ").replace(" ", "-"))
     p.add_argument("--profile", help=f"one of {', '.join(PROFILES)} (default: CMLIB_PROFILE, else what fits the machine)")
     p.add_argument("--dataset", help="digits, cifar10, fashion_mnist, a hub id or a folder (default: the profile's)")
     p.add_argument("--seed", type=int, default=0)
@@ -172,6 +172,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in COUNTS:
         if (value := getattr(args, name, None)) is not None and not 1 <= value <= 10**9:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1 and at most 10^9, got {value}")
+    if not 1 <= getattr(args, "port", 1) <= 65535:
+        raise ValueError(f"--port must lie in 1 … 65535, got {args.port}")
     if getattr(args, "patience", 0) < 0:
         raise ValueError(f"--patience must be at least 0, got {args.patience}")
     if (lr := getattr(args, "lr", None)) is not None and not 0 < lr < float("inf"):
@@ -188,7 +190,7 @@ def _prepare(args: argparse.Namespace) -> Profile:
     default = "cpu" if args.function is commands.demo and "CMLIB_PROFILE" not in os.environ else None
     profile = select(args.profile or quick or default)  # the demo is about embedded data on any machine
     if args.out is None:
-        parts = [args.function.__name__.replace("_", "-"), quick, args.dataset and Path(args.dataset).name]
+        parts = [args.folder, quick, args.dataset and Path(args.dataset).name]
         parts += ["own-teacher" if getattr(args, "train_teacher", False) else None, f"seed{args.seed}" if args.seed else None]
         args.out = Path("runs") / "-".join(filter(None, parts))
     try:
@@ -226,5 +228,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"cmlib: unforeseen {type(error).__name__}: {' '.join(str(error).split())[:300]} (see {where})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("cmlib: interrupted; the same command goes on from here", file=sys.stderr)
+        more = "" if getattr(args, "resume", True) else " with --resume"
+        print(f"cmlib: interrupted; the same command{more} goes on from here", file=sys.stderr)
         return 130

@@ -82,6 +82,7 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
         refresh=refresh,
         batches=batches,
         precision=profile.precision,
+        every=1_000 if profile.in_memory else None,
     )
     if ranks.is_first():
         teacher.save_pretrained(args.out / "pipeline")
@@ -101,18 +102,20 @@ def teacher_eval(args: Namespace, profile: Profile) -> Metrics:
     images, labels = data.load(profile.dataset, limit=profile.in_memory)
     held_out = data.load(profile.dataset, "test", limit=profile.in_memory)
     teacher = _teacher(args, profile, images)
-    n = min(args.samples or profile.samples, len(images))
+    n = _samples(args, profile, images)
     fakes = pipeline.draw_teacher(teacher, n, args.steps, "ddim", tuple(images.shape[1:]), args.seed)
-    plots.save(
-        plots.samples({f"DDIM-{args.steps}": _seen(profile, fakes), "real": _seen(profile, held_out[0])}),
-        args.out / "samples.png",
-    )
+    shown = {f"DDIM-{args.steps}": _seen(profile, fakes), "real": _seen(profile, held_out[0])}
+    plots.save(plots.samples(shown), args.out / "samples.png")
     few = held_out[0][:500], held_out[1] if held_out[1] is None else held_out[1][:500]
     found = {"mse.held_out": pipeline.epsilon_error(teacher.process, teacher.unet, *few)}
     features = pipeline.Features.of(profile.dataset, args.out, images, labels, held_out)
-    for name, drawn in {"real": held_out[0], f"teacher_ddim{args.steps}": fakes}.items():
-        found |= features.compare(name, drawn)
+    found |= features.compare("real", held_out[0]) | features.compare(f"teacher_ddim{args.steps}", fakes)
     return _say({**found, **features.protocol, "protocol.n": n})
+
+
+def _samples(args: Namespace, profile: Profile, images: Tensor) -> int:
+    """How many to draw: no more than a set that is whole in memory has, unless it is asked for."""
+    return args.samples or (profile.samples if profile.in_memory else min(profile.samples, len(images)))
 
 
 def _seen(profile: Profile, images: Tensor) -> Tensor:
@@ -245,7 +248,7 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     held_out = data.load(profile.dataset, "test", limit=args.limit or profile.in_memory)
     shape = f.image_shape
     teacher = _teacher(args, profile, images)
-    n = min(args.samples or profile.samples, len(images))
+    n = _samples(args, profile, images)
     features = pipeline.Features.of(profile.dataset, args.out, images, labels, held_out)
     seeds = range(args.seed, args.seed + (args.seeds or (1 if profile.rough else 3)))
     told = {**features.protocol, "protocol.n": n, "protocol.seeds": " ".join(map(str, seeds))}
@@ -326,7 +329,8 @@ def site(args: Namespace, profile: Profile) -> Metrics:
 
 def serve(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib serve`"""
-    settings = {key: getattr(args, key) for key in ("host", "port", "workers", "timeout", "queue", "tensorrt")}
+    settings = {key: getattr(args, key) for key in ("port", "workers", "timeout", "queue", "tensorrt")}
+    settings["host"] = serving.address(args.host, args.port)  # before anything is computed
     serving.start(args.out, site(args, profile)["protocol.model"], **settings)
     return {f"protocol.{key}": value for key, value in settings.items()}
 

@@ -6,7 +6,6 @@ A folder holds the model and, written after it, `metadata.json`, which names the
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from cmlib import engine, formats
 from cmlib.consistency import SIGMAS, ConsistencyFunction
-from cmlib.files import sha256, write_atomically, write_json
+from cmlib.files import move_in, sha256, write_atomically, write_json
 from cmlib.ops import Network, device_of
 from cmlib.unet import UNet
 
@@ -167,15 +166,10 @@ def export_diffusers(f: ConsistencyFunction, folder: str | Path) -> None:
 
     `model_index.json`, without which no folder is a pipeline, goes first and comes last.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        diffusers_pipeline(f).save_pretrained(temporary)
-        (folder / "model_index.json").unlink(missing_ok=True)
-        for part in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "model_index.json"):
-            if (folder / part.name).is_dir():
-                shutil.rmtree(folder / part.name)
-            part.replace(folder / part.name)
+    with tempfile.TemporaryDirectory() as made:
+        diffusers_pipeline(f).save_pretrained(made)
+        (Path(folder) / "model_index.json").unlink(missing_ok=True)
+        move_in(Path(made), Path(folder), last="model_index.json")
 
 
 def load_diffusers(folder: str | Path) -> ConsistencyFunction:

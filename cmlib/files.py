@@ -32,6 +32,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.close(folder)
 
 
+def move_in(made: Path, folder: Path, last: str) -> None:
+    """Copy the files of `made` into `folder`, each whole, the one called `last` last."""
+    for path in sorted((p for p in made.rglob("*") if p.is_file()), key=lambda p: p.name == last):
+        to, data = folder / path.relative_to(made), path.read_bytes()
+        to.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(to, lambda file, data=data: file.write(data))  # type: ignore[misc]
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     text = json.dumps(value, indent=2) + "\n"

@@ -183,13 +183,14 @@ def train_teacher(
     refresh: PairCache | None = None,
     batches: Batches | None = None,
     precision: str = "no",
+    every: int | None = None,
 ) -> tuple[Teacher, list[dict[str, float]]]:
     """Train or fine-tune a DDPM: ε-MSE, warm-up over 1,000 steps (a quarter of a shorter run), EMA 0.999, held-out error
     after every epoch.
 
     `patience` epochs without progress end the run (0: never). With `refresh`, the cache's targets are recomputed by the
     EMA teacher after every epoch (the brief's step 3). `batches` are those of `images` unless given; `held_out` are images, or
-    images and labels.
+    images and labels. Where `images` are but some of a streamed set, `every` says how many updates stand for an epoch.
     """
     shown = (held_out, None) if isinstance(held_out, Tensor) else held_out
 
@@ -201,7 +202,6 @@ def train_teacher(
     def at_plateau(history: list[dict[str, float]]) -> bool:
         return patience > 0 and plateaued([row["held_out"] for row in history], patience)
 
-    epoch = max(1, len(images) // batch_size)
     average, history = fit(
         teacher.unet.requires_grad_(True),
         Denoising(teacher.process),
@@ -214,7 +214,7 @@ def train_teacher(
         resume=resume,
         schedule=schedule,
         provenance={"chain": teacher.process.name, "images": data.fingerprint(images), "batch_size": batch_size},
-        every=epoch,
+        every=every or max(1, len(images) // batch_size),
         on_every=on_epoch,
         stop=at_plateau,
         precision=precision,

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 Value = TypeVar("Value")
-_SIZE_AT = {torch.randn: 0, torch.rand: 0, torch.randint: -1, torch.multinomial: 1}  # which argument says how many
+_SIZE_AT: dict[Any, tuple[int, str]] = {  # which argument says how many, and its name
+    torch.randn: (0, "size"),
+    torch.rand: (0, "size"),
+    torch.randint: (-1, "size"),
+    torch.multinomial: (1, "num_samples"),
+}
 
 
 def here() -> tuple[int, int]:
@@ -84,13 +89,23 @@ class _Rows(TorchFunctionMode):
         super().__init__()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function not in _SIZE_AT or (kwargs or {}).get("generator") is None:
-            return function(*args, **(kwargs or {}))
-        args, at = list(args), _SIZE_AT[function]
-        size = (args[at],) if isinstance(args[at], int) else tuple(args[at])
+        kwargs = kwargs or {}
+        if kwargs.get("generator") is None:
+            return function(*args, **kwargs)
+        if function not in _SIZE_AT:
+            made = function(*args, **kwargs)
+            if isinstance(made, Tensor) and made.ndim and len(made) == self.mine:
+                raise ValueError(
+                    f"{function.__name__} cannot be shared by processes; draw by torch.randn, rand, randint or multinomial"
+                )
+            return made
+        at, name = _SIZE_AT[function]
+        holder: Any = kwargs if name in kwargs else (args := list(args))
+        place = name if name in kwargs else at
+        size = (holder[place],) if isinstance(holder[place], int) else tuple(holder[place])
         if size[0] != self.mine:
             return function(*args, **kwargs)
-        args[at] = self.whole if isinstance(args[at], int) else (self.whole, *size[1:])
+        holder[place] = self.whole if isinstance(holder[place], int) else (self.whole, *size[1:])
         rank, world = here()
         return function(*args, **kwargs)[rank::world]
 

@@ -18,6 +18,7 @@ from cmlib.profiles import CELEBA64, FFHQ_LATENT, IMAGENET128, T4, Profile, sele
 from cmlib.unet import UNet, given
 
 UPDATE, TARGET = 3, 1  # forward passes that an update costs (the backward pass counts as two), and a consistency target
+EVALUATION = 3 * (50 + 1 + 2)  # passes for a sample: three seeds of the teacher's DDIM-50, the student at one and at two
 PEAK = {"T4, fp16": 65e12, "A100, bf16": 312e12, "H100 SXM, bf16": 989e12}  # dense, from the makers' data sheets
 SHARE = 0.2  # of the peak that a U-Net reaches: assumed, not measured
 PLANS = {profile.dataset: profile for profile in (T4, CELEBA64, FFHQ_LATENT, IMAGENET128)}
@@ -73,15 +74,15 @@ def measured_rate(seconds: float = 2.0) -> float:
 
 
 def table(name: str, rate: float) -> dict[str, Any]:
-    """What training a teacher, rolling out its cache, distilling without a teacher (ECT) and sampling the teacher for the
-    evaluation costs, and how many hours that is at `rate` FLOP/s, and on PEAK's devices at SHARE of their peak."""
+    """What training a teacher, rolling out its cache, distilling without a teacher (ECT) and the evaluation's
+    samples cost, and how many hours that is at `rate` FLOP/s, and on PEAK's devices at SHARE of their peak."""
     profile = PLANS[name]
     flops, size = forward_flops(profile), math.prod(SETS[name].shape)
     passes = {
         "teacher": profile.teacher_updates * profile.batch_size * UPDATE,
         "cache": profile.pairs,
         "distil": profile.distill_updates * profile.batch_size * (UPDATE + TARGET),
-        "evaluate": profile.samples * 50,
+        "evaluate": profile.samples * EVALUATION,
     }
     found: dict[str, Any] = {"protocol.plan": profile.name, "pairs": profile.pairs}
     ends = 2 * size / profile.rollout_steps if profile.source == "rollout" else 0  # a trajectory's, shared by its pairs

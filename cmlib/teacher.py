@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cmlib.consistency import ConsistencyFunction, c_noise
-from cmlib.files import write_atomically
+from cmlib.files import move_in
 from cmlib.ops import expand_like
 from cmlib.process import DDPM, EDM, ode_step
 from cmlib.unet import UNet, check_images
@@ -70,10 +68,7 @@ class Teacher:
         pipe: Any = DDPMPipeline(unet=self.unet.to_diffusers(), scheduler=self.scheduler())
         with tempfile.TemporaryDirectory() as made:
             pipe.save_pretrained(made)
-            for path in sorted((p for p in Path(made).rglob("*") if p.is_file()), key=lambda p: p.name == "model_index.json"):
-                to = Path(folder) / path.relative_to(made)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(to, partial(_copy, path))
+            move_in(Path(made), Path(folder), last="model_index.json")
 
     def scheduler(self) -> Any:
         """diffusers' `DDPMScheduler` of this chain."""
@@ -194,11 +189,6 @@ class Teacher:
                 states.append(self.process.to_edm(x, at)[0])
             x = self.step(x, at, to, solver, draw(k).to(x.device) if draw else None)
         return torch.stack([*states, x]) if path else self._clip(x)
-
-
-def _copy(path: Path, file: BinaryIO) -> None:
-    with open(path, "rb") as source:
-        shutil.copyfileobj(source, file)
 
 
 def warm_start(teacher: Teacher, sigma_max: float, sigma_data: float = 1.0) -> ConsistencyFunction:

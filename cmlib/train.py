@@ -229,6 +229,8 @@ def fit(
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         if resume and checkpoint.exists():
             run.restore(checkpoint)
+    if stop and run.history and stop(run.history):
+        return run.average.model, run.history
     model.zero_grad()  # whoever made it may have left gradients, as `warm_start`'s own training does
     wrapped, run.optimizer = accelerator.prepare(model.train(), run.optimizer)
     if compiler:  # f's network alone, which teacher and students share, so that it is compiled once
@@ -244,11 +246,11 @@ def fit(
         with accelerator.autocast(), whole, given(batch.get("label")):
             loss = objective(wrapped, run.target.model if run.target else model, batch, step, generator)[0].mean() * weight
         saving, mean = (step + 1) % every == 0 or step + 1 == steps, accelerator.reduce(loss.detach(), "mean")
-        _check_finite([mean, *model.parameters()] if saving else [mean], step, checkpoint)
         accelerator.backward(loss)
         if grad_clip:
             accelerator.clip_grad_norm_(wrapped.parameters(), grad_clip)
         run.finish_step(learning_rate(step, steps, lr, warmup, schedule))
+        _check_finite([mean, *model.parameters()] if saving else [mean], step, checkpoint)
         losses.append(mean)
         if saving:
             seconds = round(time.monotonic() - began + (run.history[-1]["seconds"] if run.history else 0.0), 1)

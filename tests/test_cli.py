@@ -1,5 +1,6 @@
 """The command line as a user meets it: the whole pipeline at the `ci` profile, and bad input."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline
 
+from cmlib import cli
 from cmlib.cli import main
 from cmlib.consistency import ConsistencyFunction
 
@@ -133,3 +135,24 @@ def test_output_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["doctor", "--out", str(tmp_path / "file" / "out")]) == 2
     assert os.listdir(tmp_path) == ["file"] and "Traceback" not in capsys.readouterr().err
+
+
+def test_each_command_has_a_folder_of_its_own():
+    def folders(parser):
+        inside = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        return [f for a in inside for p in a.choices.values() for f in folders(p)] or [parser.get_default("folder")]
+
+    found = folders(cli.parser())
+    assert len(found) == len(set(found)) > 15 and {"demo", "teacher-train", "teacher-finetune", "cache-build"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"), [([], "the same command with --resume goes on"), (["--resume"], "the same command goes on")]
+)
+def test_an_interrupted_training_says_how_to_go_on(tmp_path, capsys, monkeypatch, more, said):
+    def interrupted(args, profile):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.commands, "distill", interrupted)
+    assert cli.main(["distill", "--out", str(tmp_path), *more]) == 130
+    assert said in capsys.readouterr().err

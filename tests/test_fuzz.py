@@ -175,13 +175,12 @@ def test_a_folder_that_cannot_be_is_one_line(place, name):
 @pytest.mark.parametrize(
     "more", [("sample", "--n", "9" * 15), ("teacher eval", "--samples", "9" * 18), ("cache build", "--batch-size", "9" * 18)]
 )
-def test_more_than_the_memory_holds(place, more):
-    """Refused, or cut to what there is; no traceback."""
+def test_more_than_any_run_has(place, more):
     name, option, value = more
     code, lines = run(
         *[part.format(here=place) for part in f"{name} {GOOD[name]}".split()], option, value, "--out", str(place / "m")
     )
-    assert code in (0, 2) and len(lines) == code // 2
+    assert code == 2 and len(lines) == 1
 
 
 def test_what_nobody_foresaw_is_one_line_and_a_file(place, monkeypatch):

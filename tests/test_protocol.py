@@ -66,9 +66,14 @@ def test_means_and_spread_are_those_of_the_seeds_and_a_killed_run_goes_on(featur
     assert found["fd_digits.noise_limit"] < found["fd_digits.noise"]
     measured("other weights")
     assert made[4:] == [0, 1, 2]
-    next(tmp_path.glob("features/*.safetensors")).write_bytes(b"cut")
-    with pytest.raises(ValueError, match="damaged; delete it"):
-        measured(), measured("other weights")
+    path = next(tmp_path.glob("features/*.pt"))
+    whole = bytearray(path.read_bytes())
+    flipped = whole.copy()
+    flipped[len(whole) // 2] ^= 1  # of a feature's bits
+    for damaged in (b"cut", whole[:-100], flipped):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="damaged; delete it"):
+            measured(), measured("other weights")
 
 
 def test_no_image_outlives_its_batch(features):

@@ -50,12 +50,16 @@ def test_hours_follow_the_rate_and_every_data_set_has_a_plan(tmp_path, monkeypat
     assert list(sizing.PLANS) == ["cifar10", "celebahq64", "ffhq-latents", "imagenet128"]
     for name, profile in sizing.PLANS.items():
         slow, fast = sizing.table(name, 1e12), sizing.table(name, 2e12)
-        key = "hours.cache.this machine"
-        assert (
-            slow[key]
-            == pytest.approx(2 * fast[key])
-            == pytest.approx(profile.pairs * sizing.forward_flops(profile) / 1e12 / 3600)
-        )
+        passes = {
+            "teacher": 3 * profile.teacher_updates * profile.batch_size,  # forward, and backward as two
+            "cache": profile.pairs,
+            "distil": 4 * profile.distill_updates * profile.batch_size,  # and the target
+            "evaluate": 3 * profile.samples * (50 + 1 + 2),  # seeds; DDIM-50, the student at one and two evaluations
+        }
+        for stage, n in passes.items():
+            key = f"hours.{stage}.this machine"
+            hours = pytest.approx(n * sizing.forward_flops(profile) / 1e12 / 3600)
+            assert slow[key] == hours and 2 * fast[key] == hours
     monkeypatch.setattr(sizing, "measured_rate", lambda: 1e11)
     assert cli.main(["doctor", "--plan", "cifar10", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["pairs"] == 200_000

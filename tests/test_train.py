@@ -178,19 +178,31 @@ def test_one_process_can_train_at_two_precisions():
         assert history[-1]["loss"] > 0
 
 
-def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("where", ["weights", "gradient"])
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path, where):
     class Poisoned(Denoising):
         def __call__(self, f, target, batch, step, generator):
-            if step == 8:
+            weight = next(iter(f.parameters()))
+            if step == 8 and where == "weights":
                 with torch.no_grad():
-                    next(iter(f.parameters())).fill_(float("nan"))
-                return next(iter(f.parameters())).sum().reshape(1) * 0 + torch.ones(1), {}
+                    weight.fill_(float("nan"))
+                return weight.sum().reshape(1) * 0 + torch.ones(1), {}
+            if step == 9 and where == "gradient":  # of the very step that ends in a checkpoint; its loss is 0
+                return (weight.sum().reshape(1) * 0).sqrt(), {}
             return super().__call__(f, target, batch, step, generator)
 
     with pytest.raises(FloatingPointError, match="not finite"):
         fit(unet(), Poisoned(DDPM.linear()), BATCHES, 20, folder=tmp_path, every=5)
     state = read_checkpoint(tmp_path / "checkpoint.pt")
     assert state["step"] == 5 and all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_a_run_that_stop_has_ended_does_not_go_on(tmp_path):
+    common = dict(folder=tmp_path, every=5, stop=lambda history: len(history) == 2, resume=True)
+    first, history = fit(unet(), Denoising(DDPM.linear()), BATCHES, 40, **common)
+    again, rows = fit(unet(), Denoising(DDPM.linear()), BATCHES, 40, **common)
+    assert [row["step"] for row in rows] == [5, 10] == [row["step"] for row in history]
+    assert same(first, again)
 
 
 def test_compiled_training_is_the_same_training_under_the_same_names(tmp_path):

@@ -52,12 +52,15 @@ def trained(name: str, teacher: Teacher, images: torch.Tensor, cache: PairCache)
     def sheet(step, average):
         return {"pixels": float(pipeline.draw(average, 3, 1, SHAPE, 0, batch=1).float().mean())}
 
+    x, t = torch.randn(6, *SHAPE, generator=seeded(3)), torch.logspace(-1, 1, 6)
+    x = x * (1 + t[:, None, None, None])
+    with torch.no_grad():
+        before = copy.deepcopy(model).eval()(x, t)
     average, history = fit(
         model, objective, batches, every=5, ema=0.9, name=name, on_every=None if name == "denoising" else sheet, **settings
     )
-    x, t = torch.randn(6, *SHAPE, generator=seeded(3)), torch.logspace(-1, 1, 6)
     with torch.no_grad():
-        found = {"f": average.eval()(x * (1 + t[:, None, None, None]), t)}
+        found = {"f": average.eval()(x, t), "before": before}
     found |= {"loss": torch.tensor([row["loss"] for row in history]), "step": torch.tensor([row["step"] for row in history])}
     return found | {"average": torch.cat([p.flatten() for p in average.parameters()])}
 

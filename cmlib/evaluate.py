@@ -185,13 +185,14 @@ class FID:
     def __init__(
         self, real: Tensor, feature: int | nn.Module = 2048, decode: Callable[[Tensor], Tensor] = lambda images: images
     ):
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
         try:
+            from torchmetrics.image.fid import FrechetInceptionDistance
+
             self.metric = FrechetInceptionDistance(feature=feature, reset_real_features=False).set_dtype(torch.float64)
         except (ModuleNotFoundError, OSError) as error:
             raise ValueError(
-                "FID needs torch-fidelity and its Inception weights: pip install torch-fidelity, and a first run with network"
+                "FID needs torchmetrics, torch-fidelity and its Inception weights: pip install --no-deps torchmetrics"
+                " lightning-utilities torch-fidelity, and a first run with network"
             ) from error
         self.metric.to("cuda" if torch.cuda.is_available() else "cpu")
         self.decode = decode

@@ -104,7 +104,7 @@ def strip(panels: Mapping[str, Tensor], size: int = 150) -> bytes:
 def samples(sets: Mapping[str, Tensor], columns: int = 12, rows: int = 4) -> Figure:
     """One panel of samples for each named set of images, two panels a row."""
     height = -(-len(sets) // 2)
-    figure, axes = plt.subplots(height, 2, figsize=(9, 1.75 * height), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(height, 2, figsize=(9, 0.35 * (rows + 1) * height), squeeze=False, layout="constrained")
     for ax in axes.flat[len(sets) :]:
         ax.axis("off")
     for ax, (name, images) in zip(axes.flat, sets.items(), strict=False):
@@ -177,7 +177,7 @@ def bars(values: Mapping[str, float], xlabel: str, title: str) -> Figure:
     figure, ax = plt.subplots(figsize=(6.4, 0.42 * len(values) + 1.1), layout="constrained")
     names = list(values)[::-1]
     drawn = ax.barh(names, [values[n] for n in names], color=[COLOURS[0] if "student" in n else "#999999" for n in names])
-    ax.bar_label(drawn, fmt="%.3g", padding=3)
+    ax.bar_label(drawn, fmt=lambda value: f"{value:.3g}" if value < 1000 else f"{value:,.0f}", padding=3)
     ax.set_xscale("log")
     ax.set(xlabel=xlabel, title=title)
     ax.margins(x=0.15)

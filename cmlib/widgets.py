@@ -233,8 +233,9 @@ def consistency_map(
     sigma_max: float = 5.0,
     paths: int = 12,
     levels: int = 30,
+    name: str = "f",
 ) -> Explorer:
-    """ODE paths of 2-D data, and where f sends the points of every path at a noise level; without `f`, the exact one."""
+    """ODE paths of 2-D data, and where f, called `name`, sends the points of every path at a noise level; without `f`, the exact one."""
     grid, states = _paths(mixture, sigma_max * indexed_normal(0, range(paths), (2,)), sigma_max, levels)
     with torch.no_grad():
         ends = (f or mixture.consistency)(states.flatten(0, 1), grid.repeat_interleave(paths)).view_as(states)
@@ -245,8 +246,8 @@ def consistency_map(
         ax.plot(*states[:, k].T.numpy(), color=plots.COLOURS[5], lw=1, label="ODE path" if k == 0 else None)
     arrows = [ax.plot([], [], ":", color=plots.COLOURS[1], lw=1)[0] for _ in range(paths)]
     points = ax.plot([], [], "o", color=plots.COLOURS[0], ms=6, label="x on its path")[0]
-    marks = ax.plot([], [], "*", color=plots.COLOURS[1], ms=11, label="f(x, σ)")[0]
-    ax.set(xlabel="first coordinate", ylabel="second coordinate", aspect="equal", title="Where f sends the points")
+    marks = ax.plot([], [], "*", color=plots.COLOURS[1], ms=11, label=f"{name}(x, σ)")[0]
+    ax.set(xlabel="first coordinate", ylabel="second coordinate", aspect="equal", title=f"Where {name} sends the points")
     ax.legend(frameon=False, fontsize=8)
     picture = _animate(canvas, [*arrows, points, marks, ax.title])
 
@@ -255,9 +256,9 @@ def consistency_map(
         marks.set_data(*ends[level].T.numpy())
         for k, arrow in enumerate(arrows):
             arrow.set_data(*torch.stack([states[level, k], ends[level, k]]).T.numpy())
-        ax.set_title(f"Where f sends the points at σ = {grid[level]:.3g}")
+        ax.set_title(f"Where {name} sends the points at σ = {grid[level]:.3g}")
         gap = (ends[level] - states[0]).norm(dim=1)
-        text = f"σ = {grid[level]:.3g}: f lands {gap.mean():.2g} from the path's end on average, {gap.max():.2g} at most."
+        text = f"σ = {grid[level]:.3g}: {name} lands {gap.mean():.2g} from the path's end on average, {gap.max():.2g} at most."
         return picture(), text
 
     named = [(f"{level:.3g}", k) for k, level in enumerate(grid.tolist())]

@@ -52,7 +52,7 @@ REPO, TAG = "{repo}", "{tag}"  # the public address
 colab = Path("/content")
 places = [Path.cwd(), *Path.cwd().parents]
 for top in (colab, colab / "drive/MyDrive"):
-    places += [top, *sorted(top.glob("*"))]
+    places += [top, *sorted(top.glob("*")), *sorted(top.glob("Colab Notebooks/*"))]
 home = next((str(place) for place in places if (place / "cmlib" / "__init__.py").is_file()), None)
 if home and home not in sys.path:
     sys.path.insert(0, home)  # this copy of the course, also an uploaded one or one in a mounted Drive
@@ -112,7 +112,7 @@ def told(seconds: float) -> str:
 def times(name: str) -> str:
     """The measured running times of a notebook."""
     known = json.loads(TIMES.read_text()).get(name, {})
-    return "; ".join(f"{told(known[p])} {words}" for p, words in MACHINES.items() if p in known) or "not measured yet"
+    return "; ".join(f"{told(known[p]) if p in known else 'not measured yet'} {words}" for p, words in MACHINES.items())
 
 
 def gradable(notebook: NotebookNode) -> None:
@@ -230,7 +230,10 @@ def build(source: Path, target: Path) -> None:
     target.parent.mkdir(exist_ok=True)
     record(target.stem, "cpu", execute(notebook, target.parent, "cpu"))
     problems = tidy(notebook)
-    for cell, fresh in zip(notebook.cells, assemble(source).cells, strict=True):  # its time may be new
+    new = assemble(source)  # its time may be new
+    if [c.source for c in notebook.cells if c.cell_type == "code"] != [c.source for c in new.cells if c.cell_type == "code"]:
+        raise SystemExit(f"build: {source.name} was edited while it ran; run `make notebooks NB={where(source)}` again")
+    for cell, fresh in zip(notebook.cells, new.cells, strict=True):
         cell.source, cell.id = fresh.source, fresh.id
     nbformat.write(notebook, target)
     write_release(source)
@@ -298,7 +301,7 @@ def cover(notebook: NotebookNode) -> tuple[bytes, str]:
 
 def readme(covers: bool) -> str:
     """The README with its table of lessons as it should be; `covers` also writes the pictures."""
-    lines = ["| lesson | | time to run | |", "|---|---|---|---|"]
+    lines = ["| lesson | what you will see | time to run | open |", "|---|---|---|---|"]
     for target in (t for t in targets([]).values() if t.parent == HERE and t.exists()):
         notebook = nbformat.read(target, 4)
         title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")

@@ -60,4 +60,5 @@ def pytest_terminal_summary(terminalreporter):
     if spent:
         terminalreporter.line(
             f"rollouts and student training: {spent:.1f} minutes of the {PROFILES[PROFILE].minutes:g} that {PROFILE} has"
+            " for the whole recipe, of which the lessons run a part"
         )

@@ -93,7 +93,7 @@ assert min(errors[0], errors[-1]) > max(errors[1:4]), "the wrong level is the wr
 #
 # A single number is a poor input for a network: it must react to 0.02 against 0.03 and to 20 against 30. So the level first becomes a
 # vector. The student's time is $c_{noise} = 250\,\ln\sigma$ (in ln σ, equal steps are equal factors), and the embedding holds its sines
-# and cosines at frequencies from 1 down to 1/10,000, like the hands of a clock, from seconds to years:
+# and cosines at frequencies from 1 down to 1/10,000, like the hands of a clock, from seconds to hours:
 #
 # $$\big[\sin(\omega_k\,c_{noise}),\; \cos(\omega_k\,c_{noise})\big], \qquad \omega_k = 10000^{-k/(K-1)}, \quad k = 0 \dots K-1.$$
 
@@ -457,7 +457,7 @@ endpoint, history = distill(
     folder / "endpoint",
     updates=updates,
     cache=cache,
-    every=-(-updates // 3),
+    every=min(500, -(-updates // 3)),
     measure=watch,
 )
 endpoint_names = [f"endpoint, {row['step']}" for row in history]
@@ -540,7 +540,7 @@ trained, history = distill(
     updates=updates,
     teacher=teacher,
     images=images,
-    every=-(-updates // 2),
+    every=min(500, -(-updates // 2)),
     measure=watch,
 )
 plots.tell(
@@ -649,7 +649,7 @@ assert both.max() < 1e-5 < 0.01 < min(v.min() for v in (through_t, through_x, of
 consistency_map(mixture, sigma_max=2.0)
 
 # %%
-consistency_map(mixture, mixture.denoise, sigma_max=2.0)
+consistency_map(mixture, mixture.denoise, sigma_max=2.0, name="D")
 
 # %% [markdown]
 # ### Optional: do students solve it?

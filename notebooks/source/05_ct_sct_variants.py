@@ -137,7 +137,8 @@ torch.testing.assert_close(x_r, ode_step(lambda x, t: x0, x_t, t, r, "ddim"))
 # | discount | 1 |
 # | value of a state | $f(x_t, t)$, the image that the path is worth |
 # | TD target | $f^-(x_r, r)$; the reward itself where r = 0 |
-# | bootstrap divergence | the target moves as fast as f, hence stop-gradient, EMA, small steps |
+# | semi-gradient: the target is held fixed | the stop-gradient on $f^-$ |
+# | bootstrap divergence | the target moves along with f; hence an EMA, and small steps |
 #
 # The boundary f(x, 0) = x is the terminal reward, the one place where truth enters. From there it travels up, a level at a
 # time. Nothing is *chosen* on the way, so this is the evaluation of a policy; Q-learning, which takes a maximum over actions,
@@ -255,7 +256,7 @@ assert drift < 0.03 and rms["median"][-1] > 2 * rms["shared"][-1]
 #
 # **The distance** is part of the fixed point as well. The median of the targets is not their mean, its displacement is of order
 # t − r, and that adds up, too: here f follows an ODE of medians. With few levels it even comes closer, as a median is a
-# plausible point where a mean is a blur; with many levels it stays where it is. iCT and ECT use such distances (of whole
+# plausible point where a mean is a blur; with more it turns round, and stays away. iCT and ECT use such distances (of whole
 # images) because they train more stably, and pay with this bias. It vanishes where the target does not scatter. Keep that in
 # mind for SCT.
 
@@ -496,7 +497,7 @@ assert small[3] < 0.1 * small[1] and small[0] > 1.5 * small[1] and 0.7 < small[2
 #
 # $$r = \max\big(0,\; t\,(1 - q^{-(a+1)}\,n(t))\big), \qquad n(t) = 1 + 8\,\mathrm{sigmoid}(-t).$$
 #
-# At r = 0 the loss is a denoiser's, so a pretrained diffusion model stands just before stage 0. With q = 2 that stage still is
+# At r = 0 the target is the clean image, as a denoiser's is (with the norm its best answer is a median, with the square the mean), so a pretrained diffusion model stands just before stage 0. With q = 2 that stage still is
 # denoising below t ≈ 2, where $n(t) \ge 2$. SCT lowers the variance.
 #
 # ### Your turn: ECT's gap
@@ -675,7 +676,7 @@ for name, found in errors.items():
     assert name == "CT, fresh chunks" or found[:, mid].mean() < 0.8 * chunk[mid].mean(), name
 
 # %% [markdown]
-# How to read it:
+# Each number is the RMS distance to the exact f, the mean of the seeds ± half their range. How to read it:
 #
 # - **Fresh chunks** lie on the denoiser at high noise, as the grid foretold.
 # - **CT and CD** learn from an EMA, which lags. In the shortest run (profile `ci`), truth has hardly reached the highest noise
@@ -683,7 +684,8 @@ for name, found in errors.items():
 # - **SCT against ECT** is the clean comparison, as the target alone differs. In a longer run (profile `cpu`) the lower variance of
 #   the target shows in all three ranges of the table; the shortest only begins to show it. At the left end of the figure there is
 #   nothing to gain, and ECT even lies lower. The 500 references don't contain the source (the
-#   batch does), so at the smallest t, where the nearest one gets all the weight, they are biased.
+#   batch does), and they are the same 500 at every step. So that f learns the ODE of these 500 points and not the mixture's, which costs
+#   accuracy in every range: more references are better only if they stand for the data.
 # - **iCT and ECT with another distance**: another step size would move them. Read nothing into their order.
 # - **The denoiser** wins at the smallest t, where it is nearly f: it is exact here, while each network has a small error of its own.
 #   In the longer run it beats CT and fresh chunks in the whole first range.
@@ -767,7 +769,7 @@ assert worst < 1e-4
 # ## On images
 #
 # The same comparison on digits, from the teacher's weights, under one budget, is a command:
-# `cmlib compare --objectives ict,ect,sct,scm --budget-images 64000`. It takes hours on a laptop. This cell shows its result, where it
+# `cmlib compare --seeds 3 --budget-images 32000`. It takes an hour and a half on a laptop. This cell shows its result, where it
 # was run.
 
 # %%

@@ -104,7 +104,7 @@ def solution(real, fake):
 assert check("06.frechet", solution)
 
 # %% [markdown]
-# The library leaves it to torchmetrics. Here it is against a case that one can do by heart: N(0, I) and N(m, s²I) in d dimensions
+# The library's `frechet_distance` is these lines in float64. Here it is against a case that one can do by heart: N(0, I) and N(m, s²I) in d dimensions
 # are at $d\,m^2 + d\,(1-s)^2$.
 
 # %%
@@ -117,7 +117,7 @@ def white(n, d, seed):
 fd = evaluate.frechet_distance
 found = fd(white(400, 5, 0), 0.7 + 1.5 * white(300, 5, 1))
 by_heart = 5 * 0.7**2 + 5 * 0.5**2
-plots.tell(f"torchmetrics: **{found:.4f}**. By heart: 5·0.7² + 5·0.5² = **{by_heart:.4f}**.")
+plots.tell(f"The library: **{found:.4f}**. By heart: 5·0.7² + 5·0.5² = **{by_heart:.4f}**.")
 assert abs(found - 3.7) < 1e-6 and abs(fd(white(400, 5, 0), white(300, 5, 1))) < 1e-6
 
 # %% [markdown]
@@ -166,7 +166,8 @@ assert far["the Gaussian"][0] < 1.2 * far["other real digits"][0], "pixels can't
 assert far["the Gaussian"][1] > 5 * far["other real digits"][1], "features can"
 
 # %% [markdown]
-# On pixels the Gaussian is as good as real digits are. The features see through it.
+# On pixels the Gaussian is as good as real digits are. The features see through it. They have a blind spot of their own: real digits moved by one
+# pixel of eight, which the classifier never saw in training, come out as far off as what is no digit at all.
 #
 # **Question.** Could a cloud of images that are no digits have distance 0 in the features, too?
 #
@@ -399,7 +400,8 @@ assert abs(limits["memoriser"][0]) < 4
 #
 # That its images resemble these training images more than other real digits do. It has learned some of what is accidental about
 # them, and the distance rewards it. The memoriser is the extreme case. A distance to the training set cannot tell learning from remembering;
-# a reference of images that the model has not seen can, if there are enough of them.
+# a reference of images that the model has not seen can, if there are enough of them. (But read it with care: the memoriser's limit, which should be
+# 0, shows how far one can be off by chance.)
 #
 # </details>
 
@@ -634,7 +636,8 @@ assert at_top["student, one jump"] < 0.6 * at_top["teacher's denoiser, once"] < 
 
 # %% [markdown]
 # Here the order is right: from high noise, one jump of the student ends near where the teacher's whole walk ends, the denoiser does not. (At the left
-# end the denoiser's line drops out of the chart, to 0: the walk's last step *is* the denoiser.)
+# end the denoiser's line drops out of the chart, to 0: the walk's last step *is* the denoiser. At the right end it rises, as a small error of ε there
+# is multiplied by a large σ.)
 #
 # ## The verdict: "FID within ±2 of the teacher"
 #
@@ -718,8 +721,8 @@ table(["published FID", "1 evaluation", "2 evaluations", "within ±2 of DDPM's"]
 plots.tell(f"±2 around {ddpm} is from {ddpm - 2:.2f} to {ddpm + 2:.2f}: **{2 / ddpm:.0%}** of the number itself.")
 
 # %% [markdown]
-# On CIFAR-10 the claim is neither empty nor sharp: it tells the first methods from the later ones, and nothing among the later ones. They earned
-# it with hundreds of thousands of updates; the brief's 5,000 updates of 64 images and its regression onto $\hat x_r$ (lesson 4) are
+# On CIFAR-10 the claim is neither empty nor sharp: progressive distillation and CT fail it, everything else in the table passes, and among those
+# it tells nothing apart. They earned it with hundreds of thousands of updates; the brief's 5,000 updates of 64 images and its regression onto $\hat x_r$ (lesson 4) are
 # far from there.
 #
 # A claim that can be checked reads like this: *FID at 1 evaluation minus the teacher's at 50, both with 50,000 images, against the

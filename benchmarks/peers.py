@@ -1,4 +1,5 @@
-"""Our ECT and iCT beside published code: one network, batch, start and optimiser; only the loss differs.
+"""Our ECT and iCT beside published code: one network, batch, start and optimiser; the loss differs, and
+for iCT the scaling of the input, which is part of theirs.
 
     git clone https://github.com/locuslab/ect runs/peers/ect
     git clone https://github.com/Kinyugo/consistency_models runs/peers/kinyugo

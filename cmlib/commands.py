@@ -273,7 +273,7 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     plots.save(curve, args.out / "reconstruction.png")
     curve = plots.curves({"student": (levels, gap)}, "noise level σ", "RMS of f(x_t, t) − x_end", "Self-consistency gap")
     plots.save(curve, args.out / "gap.png")
-    found |= {"distance.student": float(distance.mean()), "gap.student": float(gap.mean())}
+    found |= {"distance.student": float(distance.mean()), "gap.student": float(gap[levels <= f.sigma_max].mean())}
     _say(found := found | told | {"protocol.timesteps": profile.timesteps, "protocol.n_distance": len(few)})
     if other:
         print(f"\n{protocol.beside(found, other)}")

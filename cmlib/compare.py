@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from cmlib import data, evaluate, plots
+from cmlib import __version__, data, evaluate, plots
 from cmlib.cache import PairCache
 from cmlib.files import write_json
 from cmlib.ops import indexed_normal
@@ -21,6 +21,7 @@ from cmlib.pipeline import SAMPLING_SEED, Features, distill, draw, draw_teacher,
 from cmlib.profiles import Profile
 from cmlib.recipes import OBJECTIVES, first_student, largest_sigma, recipe
 from cmlib.teacher import Teacher
+from cmlib.train import options
 from cmlib.unet import UNet
 
 POINTS = 8  # of the curve of a run
@@ -87,7 +88,11 @@ class Comparison:
             cache = PairCache.build(out.parent / "cache", teacher, pairs, **how)
             spent, batch = float(pairs), {k: v.to(teacher.device) for k, v in next(cache.loader(4, seed)).items()}
         images = None if cache else self.images
-        chosen = recipe(objective, profile, updates, student, shape, teacher, images)[0]
+        chosen, settings = recipe(objective, profile, updates, student, shape, teacher, images)
+        told = {"protocol": self.protocol, "recipe": f"{options(chosen)}, {settings}"}
+        kept = json.loads((out / "row.json").read_text()) if (out / "row.json").exists() else {}
+        if told == {key: kept.get(key) for key in told}:
+            return kept
         spent += self.budget * evaluations(chosen, student.to(teacher.device), teacher, batch)
 
         def measure(f: Any) -> dict[str, float]:
@@ -98,19 +103,23 @@ class Comparison:
             objective, student, profile, out, seed, updates, cache=cache, teacher=teacher, images=images, **every
         )
         noise = indexed_normal(SAMPLING_SEED + seed, range(64), shape, 7)
+        levels, gap = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps)
         error = evaluate.reconstruction_error(f, self.held_out[:64], teacher.process, profile.timesteps, seed, f.sigma_max)[1]
-        return {
+        row = {
+            **told,
             "objective": objective,
             "seed": seed,
             "fd_1": history[-1]["fd_1"],
             "fd_2": history[-1]["fd_2"],
-            "gap": float(evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps)[1].mean()),
+            "gap": float(gap[levels <= f.sigma_max].mean()),
             "distance": float(error.mean()),
             "images": updates * profile.batch_size,
             "evaluations": spent,
             "seconds": history[-1]["seconds"],
             "curve": [[row["step"] * profile.batch_size, row["fd_1"]] for row in history],
         }
+        write_json(out / "row.json", row)
+        return row
 
 
 def run(
@@ -122,7 +131,7 @@ def run(
     teacher: Teacher,
     out: Path,
 ) -> dict[str, Any]:
-    """Every objective under every seed: {"protocol", "baselines", "rows"}. Finished rows are kept in `out`, so the same
+    """Every objective under every seed: {"protocol", "made_with", "baselines", "rows"}. Finished rows are kept in `out`, so the same
     call goes on where it was stopped."""
     unknown = set(objectives) - set(OBJECTIVES[1:])  # pair regression jumps from noise to noise
     if unknown:
@@ -138,14 +147,11 @@ def run(
     for seed in seeds:
         baselines.append(comparison.baselines(seed))
         for objective in objectives:
-            kept = out / f"{objective}-{seed}" / "row.json"
-            row = json.loads(kept.read_text()) if kept.exists() else {}
-            if row.get("protocol") != comparison.protocol:
-                row = {**comparison.row(objective, seed, kept.parent), "protocol": comparison.protocol}
-                write_json(kept, row)
+            row = comparison.row(objective, seed, out / f"{objective}-{seed}")
             rows.append({k: v for k, v in row.items() if k != "protocol"})
             print(f"{objective}, seed {seed}: fd {row['fd_1']:.1f} at 1 evaluation, {row['fd_2']:.1f} at 2", flush=True)
-    return {"protocol": comparison.protocol, "baselines": baselines, "rows": rows}
+    made = {"cmlib": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"protocol": comparison.protocol, "made_with": made, "baselines": baselines, "rows": rows}
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

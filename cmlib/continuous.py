@@ -19,10 +19,11 @@ from cmlib.process import EDM, TrigFlow
 
 
 def jvp(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """f(inputs) and its derivative along `tangents`, without gradient; attention takes the one kernel that has the rule."""
+    """f(inputs) and its derivative along `tangents`, without gradient and in float32, as forward mode and autocast do not mix;
+    attention takes the one kernel that has the rule."""
     from torch.nn.attention import SDPBackend, sdpa_kernel  # torch >= 2.3
 
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
         out, derivative = torch.func.jvp(f, inputs, tangents)  # type: ignore[misc]
     torch.clear_autocast_cache()  # it may hold weights cast without their gradient
     return out, derivative
@@ -52,6 +53,7 @@ class SCM:
     g = −cos²t·(σ_d·F⁻ − dx/dt) − ρ·cos t·sin t·(x_t + σ_d·dF⁻/dt), normalised; dx/dt = cos t·z − sin t·x0 from data, or
     the teacher's ODE. ρ warms up from 0 to 1 over `warmup` steps; t = atan(e^τ/σ_d), τ ~ N(mean, std²). The weight w(t)
     is the student's `log_weight` where it has one (see `AdaptiveWeight`), else 0. f is a `ConsistencyFunction` with σ_min = 0.
+    Of the paper's network changes we have none: f's time input is 250·ln σ, and its layers are normalised as CM's are.
     """
 
     teacher: Any = None
@@ -174,13 +176,12 @@ class MeanFlow:
     """w·‖u(z, r, t) − sg(v − (t − r)·du/dt)‖², v = ε − x0, du/dt along the tangent (v, 0, 1) (MeanFlow eq. 6, 9–11).
 
     t and r are the larger and the smaller of two logit-normal draws; r = t, plain flow matching, with probability
-    `instant`. w = 1/(‖·‖² + 10⁻³)^power without gradient. f is a `MeanFlowFunction`. The times are the paper's for
-    ImageNet, the power its 0.75 for CIFAR-10.
+    `instant`. w = 1/(‖·‖² + 10⁻³)^power without gradient. f is a `MeanFlowFunction`. The numbers are the paper's for CIFAR-10.
     """
 
-    mean: float = -0.4
-    std: float = 1.0
-    instant: float = 0.75
+    mean: float = -2.0
+    std: float = 2.0
+    instant: float = 0.25
     power: float = 0.75
     mu: float = 0.0
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
+from cmlib import ranks
 from cmlib.continuous import SCM as SCM
 from cmlib.continuous import MeanFlow as MeanFlow
 from cmlib.curricula import ct_levels, ct_mu, ect_r, ict_levels, lognormal, lognormal_bins
@@ -273,8 +274,8 @@ class SCT(ECT):
     edges: tuple[float, ...] = ()
 
     def stage(self, step: int) -> float:
-        """a = k·stages/K, a real number, where `smooth`."""
-        return step * self.stages / self.steps if self.smooth else super().stage(step)
+        """a = k·(stages − 1)/(K − 1), a real number, where `smooth`: from ECT's first stage to its last."""
+        return step * (self.stages - 1) / max(1, self.steps - 1) if self.smooth else super().stage(step)
 
     def times(self, n: int, step: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """t and r, r not below the edge under t."""
@@ -286,7 +287,7 @@ class SCT(ECT):
         x_t, t, x_r, r = super().pairs(batch, step, generator)
         if self.reference is None:
             return x_t, t, x_r, r
-        images = batch["x0"] if isinstance(self.reference, str) else self.reference
+        images = ranks.gathered(batch["x0"]) if isinstance(self.reference, str) else self.reference
         step_to_r = expand_like((r - t) / t, x_t) * (x_t - stable_denoised(x_t, t, images))
         return x_t, t, x_t + step_to_r, r
 
@@ -335,10 +336,19 @@ class ScoreCorrected:
     strength: float = 1.0
     sigma_data: float = 0.5
 
+    def __post_init__(self) -> None:
+        if getattr(self.base, "edges", ()):
+            raise ValueError("the score term pulls f to the image, a base with edges to the segment's edge; leave one out")
+
     @property
     def mu(self) -> Any:
         """The base's."""
         return self.base.mu  # type: ignore[attr-defined]
+
+    @property
+    def steps(self) -> int:
+        """The base's, where it has a curriculum."""
+        return self.base.steps  # type: ignore[attr-defined]
 
     def __call__(self, f: Network, target: Network, batch: dict, step: int, generator: Generator) -> Losses:
         x_t, t, x_r, r = self.base.pairs(batch, step, generator)

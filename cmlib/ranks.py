@@ -65,6 +65,19 @@ def dealt(parts: Sequence[Any], work: Callable[[Any], Tensor]) -> Tensor:
     return torch.cat([shares[k % world][k // world] for k in range(len(parts))])
 
 
+def gathered(rows: Tensor) -> Tensor:
+    """The whole batch, of which each rank has every world-th row."""
+    world = here()[1]
+    if world == 1:
+        return rows
+    shares: list[Any] = [None] * world
+    dist.all_gather_object(shares, rows.cpu())
+    whole = rows.new_empty(sum(map(len, shares)), *rows.shape[1:])
+    for k, share in enumerate(shares):
+        whole[k::world] = share.to(rows.device)
+    return whole
+
+
 def told(value: Value) -> Value:
     """The first rank's `value`, on all ranks."""
     if here()[1] == 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cmlib import data
 from cmlib.consistency import ConsistencyFunction, PlainFunction
-from cmlib.continuous import FlowNetwork, MeanFlowFunction
+from cmlib.continuous import AdaptiveWeight, FlowNetwork, MeanFlowFunction
 from cmlib.objectives import (
     ECT,
     ICT,
@@ -52,7 +52,11 @@ def first_student(objective: str, teacher: Teacher, sigma_max: float) -> Any:
     rho = math.log(sigma_max / f.levels(2)[1]) / math.log(39 / 19)  # with σ_min = 0, the same second level as f's
     if objective == "meanflow":
         return MeanFlowFunction(FlowNetwork(with_one_more_channel(cast(UNet, f.net)), sigma_max), sigma_max, rho)
-    return ConsistencyFunction(f.net, 0.0, sigma_max, f.sigma_data, rho) if objective in TUNING else f
+    if objective in TUNING:
+        f = ConsistencyFunction(f.net, 0.0, sigma_max, f.sigma_data, rho)
+    if objective in ("scm", "scd"):
+        f.log_weight = AdaptiveWeight().to(teacher.device)
+    return f
 
 
 def stages(steps: int) -> int:
@@ -78,7 +82,8 @@ def recipe(
     teacher: Teacher | None = None,
     images: Tensor | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The objective called `objective`, and the settings of `fit` that go with it: the papers' optimiser, our step sizes."""
+    """The objective called `objective`, and the settings of `fit` that go with it: the papers' optimisers with PyTorch's momenta,
+    our step sizes."""
     huber: Distance = partial(pseudo_huber, c=0.03 * math.prod(shape) ** 0.5)
     steps = updates or profile.distill_updates
     tuning: dict[str, Any] = {"steps": steps, "lr": 6e-4, "optimizer": "radam", "warmup": steps // 20}

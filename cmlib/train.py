@@ -60,7 +60,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def options(objective: Any) -> str:
-    """The objective's name and those of its options that text can compare: numbers, strings, tuples, an inner objective."""
+    """The objective's name and those of its options that can be compared: numbers, strings, tuples, tensors by their digest, an
+    inner objective."""
     parts = []
     for field in fields(objective) if is_dataclass(objective) else ():
         value = getattr(objective, field.name)
@@ -68,6 +69,9 @@ def options(objective: Any) -> str:
             parts.append(f"{field.name}={options(value)}")
         elif isinstance(value, (bool, int, float, str, tuple)):
             parts.append(f"{field.name}={value!r}")
+        elif isinstance(value, Tensor):
+            digest = hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+            parts.append(f"{field.name}={digest[:12]}")
     return f"{type(objective).__name__}({', '.join(parts)})"
 
 

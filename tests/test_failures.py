@@ -5,20 +5,24 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cmlib import data
 from cmlib.consistency import ConsistencyFunction
+from cmlib.continuous import MeanFlowFunction
 from cmlib.objectives import (
     ECT,
     ICT,
+    SCM,
     SCT,
     BootstrapRegression,
     ConsistencyDistillation,
     ConsistencyTraining,
     EndpointRegression,
+    MeanFlow,
     PairRegression,
     ScoreCorrected,
 )
@@ -57,19 +61,22 @@ def test_the_clinics_tests_exist():
     [
         PairRegression(), EndpointRegression(), ConsistencyDistillation(), ConsistencyTraining(10), ICT(10), ECT(10), SCT(10),
         SCT(10, reference=torch.zeros(3, *SHAPE)), ScoreCorrected(ECT(10), stable_score(torch.zeros(3, *SHAPE))),
-        BootstrapRegression(DDPM.linear()),
+        BootstrapRegression(DDPM.linear()), SCM(warmup=0), MeanFlow(),
     ],
     ids=lambda o: type(o).__name__,
 )  # fmt: skip
 def test_under_fp16_autocast_losses_are_finite_and_in_float32(objective):
     """At σ = 80 too, where the squares of 64 pixels are beyond float16; the network's own layers are in float16."""
     torch.manual_seed(0)
-    f = ConsistencyFunction(UNet(**UNET), 0.0, 157.0, 1.0).train()
+    flow = isinstance(objective, MeanFlow)
+    f: Any = ConsistencyFunction(UNet(**UNET), 0.0, 157.0, 1.0).train()
+    f = MeanFlowFunction(UNet(**UNET | {"in_channels": 2})).train() if flow else f
     t, x_end = torch.tensor([0.01, 1.0, 80.0, 157.0]), 0.1 * torch.randn(4, *SHAPE)
     x_t = x_end + expand_like(t, x_end) * torch.randn(4, *SHAPE)
     batch = {"x0": x_end, "x_end": x_end, "x_t": x_t, "x_r": 0.9 * x_t, "t": t, "r": 0.9 * t}
     with torch.autocast("cpu", torch.float16):
-        assert f.net(x_end, t).dtype == torch.float16 and f(x_t, t).dtype == torch.float32
+        assert f.net(torch.cat([x_end, x_end], 1) if flow else x_end, t).dtype == torch.float16
+        assert f(x_t, t).dtype == torch.float32
         loss, _ = objective(f, f, batch, 9, seeded())
     assert loss.dtype == torch.float32 and loss.isfinite().all()
     loss.mean().backward()

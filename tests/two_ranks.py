@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from PIL import Image
 
 from cmlib import cli, data, evaluate, pipeline, ranks, recipes
 from cmlib.cache import PairCache
-from cmlib.continuous import AdaptiveWeight
 from cmlib.objectives import ICT, Denoising, ScoreCorrected
 from cmlib.ops import seed_everything
 from cmlib.process import DDPM, EDM
@@ -23,7 +23,7 @@ from cmlib.unet import UNet
 from tests.small import UNET, seeded
 
 STEPS, SHAPE, BATCH = 20, (1, 8, 8), 9  # which two ranks share as 5 and 4
-NAMES = (*OBJECTIVES, "denoising", "ict-corrected")
+NAMES = (*OBJECTIVES, "denoising", "ict-corrected", "sct-batch")
 NET = UNET | {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 
 
@@ -41,12 +41,13 @@ def trained(name: str, teacher: Teacher, images: torch.Tensor, cache: PairCache)
     if name == "denoising":
         model, objective = start.requires_grad_(True), Denoising(teacher.process)
     else:
-        base = name.removesuffix("-corrected")
+        base = name.removesuffix("-corrected").removesuffix("-batch")
         model = first_student(base, teacher, 20.0).requires_grad_(True)
-        model.log_weight = AdaptiveWeight() if base == "scm" else None
         given = None if name in CACHED else images
         objective, settings = recipe(base, CI, STEPS, model, SHAPE, teacher, given)
-        if name != base:
+        if name == "sct-batch":
+            objective = replace(objective, reference="batch")
+        if name == "ict-corrected":
             objective = ScoreCorrected(ICT(STEPS, EDM(model.sigma_min, 20.0)), teacher.score)
 
     def sheet(step, average):

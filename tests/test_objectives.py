@@ -82,11 +82,13 @@ SHORT = 1500
         (ECT(SHORT), 1e-3, 0.25),
         (SCT(SHORT), 1e-3, 0.22),
         (SCT(SHORT, reference=REFERENCE), 1e-3, 0.27),
+        (ScoreCorrected(ECT(SHORT), MIXTURE.score), 1e-3, 0.25),
+        (BootstrapRegression(DDPM.linear(), gap=100, reset=20), 2e-3, 0.3),
         (SCM(warmup=SHORT // 4, mean=-0.4, std=1.6), 1e-3, 0.25),
         (SCM(teacher=MIXTURE, warmup=SHORT // 4, mean=-0.4, std=1.6), 1e-3, 0.17),
         (MeanFlow(), 2e-3, 0.25),
     ],
-    ids=["CT", "iCT", "ECT", "SCT-batch", "SCT-reference", "sCT", "sCD", "MeanFlow"],
+    ids=["CT", "iCT", "ECT", "SCT-batch", "SCT-reference", "corrected", "bootstrap", "sCT", "sCD", "MeanFlow"],
 )
 def test_every_objective_approaches_the_true_consistency_function(objective, lr, limit):
     """In 1,500 updates, no more; a denoiser, which is what they would be without the bootstrap, is 0.9 off from noise."""
@@ -105,6 +107,36 @@ def test_every_objective_approaches_the_true_consistency_function(objective, lr,
     assert max(error.values()) < min(limit, 0.7 * max(before.values()))
     assert list(error.values())[4] < 0.15  # t = 0.37 … 0.9
     assert list(errors(MIXTURE.denoise, 0.0).values())[-1] > 0.8
+
+
+def test_endpoint_regression_and_phased_sct_learn_the_truth_in_their_own_way():
+    """From where exact paths end; and segment by segment, sampled in as many jumps."""
+    torch.manual_seed(0)
+    f, g = (ConsistencyFunction(PointNet(), 0.0, SIGMA_MAX, sigma_data=1.0) for _ in range(2))
+    t = (2 * torch.randn(8192, generator=seeded())).exp().clamp(max=SIGMA_MAX)
+    x_t = MIXTURE.sample(8192, seeded(1)) + t[:, None] * torch.randn(8192, 2, generator=seeded(2))
+    known = {"x_t": x_t, "t": t, "x_end": MIXTURE.consistency(x_t, t)}
+
+    def paths(start):
+        for k in range(start, 10**9):
+            yield {name: v[k % 32 * 256 :][:256] for name, v in known.items()}
+
+    def images(start):
+        for k in range(start, 10**9):
+            yield {"x0": MIXTURE.sample(256, seeded(k))}
+
+    f, _ = fit(f, EndpointRegression(norm), paths, 600, lr=4e-3, weight_decay=0.0, ema=0.99, every=600)
+    error = errors(f, 0.0)
+    print("endpoint regression:", error)
+    assert max(error.values()) < 0.1
+
+    edges = (0.5, 3.0)
+    g, _ = fit(g, SCT(800, stages=6, edges=edges), images, 800, lr=2e-3, weight_decay=0.0, ema=0.99, every=800)
+    z = SIGMA_MAX * torch.randn(2000, 2, generator=seeded(3))
+    truth = MIXTURE.consistency(z, torch.full((2000,), SIGMA_MAX))
+    error = float((sample_phased(g, z, SIGMA_MAX, edges) - truth).norm() / truth.norm())
+    print("three segments, three jumps:", error)
+    assert error < 0.2
 
 
 # ---- consistency distillation, one step

@@ -87,16 +87,16 @@ CI = replace(
 LAPTOP = replace(  # images of 32×32 on two cores: hours, not minutes
     CPU,
     name="laptop",
-    minutes=90,
+    minutes=120,
     dataset="fashion_mnist",
     teacher="fashion_mnist_teacher",
     widths=(16, 32, 64, 96),  # narrow where the pixels are many
-    teacher_updates=3_000,
+    teacher_updates=6_000,
     solver="heun",
     rollout_steps=10,
-    pairs=40_000,
-    endpoint_updates=1_500,
-    distill_updates=200,
+    pairs=60_000,
+    endpoint_updates=3_000,
+    distill_updates=500,
 )
 T4 = Profile(
     name="t4",

@@ -3,12 +3,11 @@
     python -m benchmarks.small_models fashion_mnist    # about two hours on one core that multiplies in bfloat16; resumes
     python -m benchmarks.small_models cifar10
 
-The demo's steps at profile `laptop`: a DDPM, rollouts of Heun steps, regression onto their ends, consistency distillation. Writes
-data/NAME_teacher/, data/NAME_student.safetensors, their provenance, and benchmarks/results/small_NAME.json with sheets of samples.
+The demo's steps at profile `laptop`: a DDPM, rollouts of Heun steps, regression onto their ends, consistency distillation.
+Writes data/NAME_teacher/, data/NAME_student.safetensors, their provenance, benchmarks/results/small_NAME.json, and a picture.
 """
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,11 @@ from cmlib.unet import UNet
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(3)
-LICENCE = "Apache-2.0"
 
 
 def train(name: str, out: Path) -> tuple[Teacher, ConsistencyFunction, dict[str, float]]:
     """Teacher, student, and the minutes that each stage took. Killed, the same call goes on."""
-    images, labels = data.load(name)
-    held_out = data.load(name, "test", limit=500)[0]
+    images, held_out = data.load(name)[0], data.load(name, "test", limit=500)[0]
     profile, shape = replace(LAPTOP, dataset=name, precision="bf16"), tuple(images.shape[1:])
     torch.manual_seed(0)
     start = Teacher(UNet(**small_unet(shape, profile.widths, 0.0, profile.layers, profile.attention)), DDPM.linear())
@@ -106,7 +103,13 @@ def main() -> None:
     student.save(weights)
     images = data.load(name)[0]
     common = {"command": command, "images": f"{len(images)} of the train split; fingerprint {data.fingerprint(images)}"}
-    common |= {"minutes_on_one_core": minutes, "batch_size": LAPTOP.batch_size, "precision": "bf16", "seed": 0, "licence": LICENCE}
+    common |= {
+        "minutes_on_one_core": minutes,
+        "batch_size": LAPTOP.batch_size,
+        "precision": "bf16",
+        "seed": 0,
+        "licence": "Apache-2.0",
+    }
     told = {"what": f"DDPM of {name}, ε-prediction, linear schedule, T = 1000", "updates": LAPTOP.teacher_updates}
     write_json(folder / "provenance.json", {**told, "hash": teacher.hash(), **common})
     told = {"what": f"consistency model of {name}, distilled from {name}_teacher", "teacher": teacher.hash()}

@@ -131,8 +131,8 @@ def run(
     teacher: Teacher,
     out: Path,
 ) -> dict[str, Any]:
-    """Every objective under every seed: {"protocol", "made_with", "baselines", "rows"}. Finished rows are kept in `out`, so the same
-    call goes on where it was stopped."""
+    """Every objective under every seed: {"protocol", "made_with", "baselines", "rows"}. Finished rows are kept in `out`, so
+    the same call goes on where it was stopped."""
     unknown = set(objectives) - set(OBJECTIVES[1:])  # pair regression jumps from noise to noise
     if unknown:
         raise ValueError(f"cannot compare {', '.join(sorted(unknown))}; choose among {', '.join(OBJECTIVES[1:])}")

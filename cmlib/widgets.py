@@ -235,7 +235,7 @@ def consistency_map(
     levels: int = 30,
     name: str = "f",
 ) -> Explorer:
-    """ODE paths of 2-D data, and where f, called `name`, sends the points of every path at a noise level; without `f`, the exact one."""
+    """ODE paths of 2-D data, and where f, called `name`, sends every path's points at a noise level; the exact f if none."""
     grid, states = _paths(mixture, sigma_max * indexed_normal(0, range(paths), (2,)), sigma_max, levels)
     with torch.no_grad():
         ends = (f or mixture.consistency)(states.flatten(0, 1), grid.repeat_interleave(paths)).view_as(states)

@@ -1,5 +1,7 @@
 """Distances against closed forms and torchmetrics; errors as functions of t against functions whose error is known."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -140,6 +142,12 @@ def test_pair_error_reports_the_identity_beside_the_model():
     batch["x_r"] = torch.randn(6, 1, 4, 4)
     found = evaluate.pair_error(lambda x, t: batch["x_r"] / 5**0.5, batch)
     assert found["model"] < 1e-12 and found["skill"] == pytest.approx(1) and found["identity"] > 0
+
+
+def test_fid_without_torchmetrics_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    with pytest.raises(ValueError, match="pip install --no-deps torchmetrics"):
+        evaluate.FID(torch.zeros(4, 3, 8, 8, dtype=torch.uint8))
 
 
 def test_fid_says_what_it_needs_or_refuses_floats():

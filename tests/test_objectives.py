@@ -411,8 +411,9 @@ def test_each_ingredient_of_sct_alone():
     torch.testing.assert_close(x_r, x_t + ((r - t) / t)[:, None] * (x_t - stable_denoised(x_t, t, x0)))
     whole = SCT(100, **off | {"reference": x0[:1]}).pairs({"x0": x0}, 55, seeded(1))[2]
     torch.testing.assert_close(whole, x_t + ((r - t) / t)[:, None] * (x_t - x0[:1]))
-    smooth = SCT(100, **off | {"smooth": True})
-    assert smooth.stage(55) == pytest.approx(55 * 7 / 99) and smooth.stage(99) == SCT(100, **off).stage(99) == 7 and SCT(100, **off).stage(55) == 4
+    smooth, stepwise = SCT(100, **off | {"smooth": True}), SCT(100, **off)
+    assert [smooth.stage(k) for k in (0, 55, 99)] == pytest.approx([0, 55 * 7 / 99, 7])
+    assert [stepwise.stage(k) for k in (0, 55, 99)] == [0, 4, 7]
     x_t, t, x_r, r = SCT(100, **off | {"edges": (0.5, 2.0)}).pairs({"x0": x0}, 55, seeded(1))
     edge = lower_edge(t, (0.5, 2.0))
     assert set(edge.tolist()) == {0.0, 0.5, 2.0} and bool((edge < t).all()) and bool((r >= edge).all())

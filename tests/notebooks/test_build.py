@@ -121,7 +121,8 @@ def test_progress_bars_are_not_kept_and_explorers_keep_their_picture():
 def test_badges_change_the_generated_cells_and_keep_the_outputs(copy, monkeypatch):
     _, target = copy
     write_executed(*copy)
-    assert "#upload=true" in target.read_text() and "about 2 minutes" in target.read_text()
+    assert "#upload=true" in target.read_text()
+    assert "not measured yet at profile ci; about 2 minutes at cpu (two cores); not measured yet at t4" in target.read_text()
     for name in ("somebody/course", "else/where"):
         monkeypatch.setattr(sys, "argv", ["build", "--badges", name])
         build.main()
@@ -148,6 +149,26 @@ def test_setup_finds_a_copy_and_says_clearly_where_there_is_none(copy, monkeypat
     for _ in range(2):
         exec(setup, {})
     assert len(sys.path) <= len(before) + 1
+
+
+def test_on_colab_setup_installs_this_package_alone_and_once(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_dir", lambda path, was=Path.is_dir: path == Path("/content") or was(path))
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: iter(()))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: ran or None)
+    monkeypatch.setattr("subprocess.run", lambda command, check: ran.append(command))
+    for _ in range(2):
+        exec(build.SETUP.format(repo="somebody/course", tag="v1"), {})
+    assert [" ".join(command) for command in ran] == ["pip install -q --no-deps git+https://github.com/somebody/course@v1"]
+
+
+def test_a_source_edited_while_it_runs_is_run_again(copy, monkeypatch):
+    source, target = copy
+    monkeypatch.setattr(build, "execute", lambda *_: source.write_text(source.read_text().replace("1 + 1", "1 + 2")) and 1.0)
+    with pytest.raises(SystemExit, match=r"01_tiny.py was edited while it ran; run `make notebooks NB=01` again"):
+        build.build(*copy)
+    assert not target.exists()
 
 
 def test_a_failing_cell_ends_its_notebook_and_gpu_cells_wait_for_a_gpu(tmp_path):

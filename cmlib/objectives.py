@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from cmlib import ranks
 from cmlib.continuous import SCM as SCM
@@ -41,12 +41,7 @@ from cmlib.stable import cached_score, gamma, lower_edge, stable_denoised, to_ed
 from cmlib.teacher import Teacher
 
 KARRAS = EDM()
-
-
-def feature_distance(features: nn.Module) -> Distance:
-    """‖φ(a) − φ(b)‖²/d over a frozen network's features: an LPIPS-like distance (Zhang et al. 2018)."""
-    features.requires_grad_(False).eval()
-    return lambda a, b: mse(features(a), features(b))
+Pairs = tuple[Tensor, Tensor, Tensor, Tensor]  # x_t, t, x_r, r
 
 
 def both_branches(f: Network, target: Network, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +106,7 @@ class Bootstrapped(ABC):
     distance: Distance
 
     @abstractmethod
-    def pairs(self, batch: dict, step: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pairs(self, batch: dict, step: int, generator: Generator) -> Pairs:
         """x_t, t, x_r, r: two points of one (estimated) ODE path, r < t."""
 
     def weight(self, t: Tensor, r: Tensor) -> Tensor:
@@ -152,7 +147,7 @@ class ConsistencyDistillation(Bootstrapped):
         if self.teacher is not None and self.levels is None:
             raise ValueError("distillation on the fly needs the ascending noise levels between which the teacher steps")
 
-    def pairs(self, batch: dict, step: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pairs(self, batch: dict, step: int, generator: Generator) -> Pairs:
         """The cache's, or x_t = x0 + t·ε and the teacher's step from it."""
         if self.teacher is None:
             return batch["x_t"], batch["t"], batch["x_r"], batch["r"]
@@ -166,16 +161,16 @@ class ConsistencyDistillation(Bootstrapped):
             return x_t, t, self.teacher.ode_step(x_t, t, r, self.solver), r
 
 
-def coupled(x0: Tensor, t: Tensor, r: Tensor, generator: Generator, coupling: str = "shared") -> tuple[Tensor, Tensor]:
-    """x_t and x_r = x0 + r·ε of one image: x_t = x0 + t·ε with the `shared` ε of the papers, or x_r plus an independent
+def coupled(x0: Tensor, t: Tensor, r: Tensor, generator: Generator, coupling: str = "shared") -> Pairs:
+    """x_t, t, x_r = x0 + r·ε and r of one image: x_t = x0 + t·ε with the `shared` ε of the papers, or x_r plus an independent
     `chunk` √(t² − r²)·ε′ as the brief says, which has the same marginals and a noisier target."""
     eps = randn_like(x0, generator)
     x_r = x0 + expand_like(r, x0) * eps
     if coupling == "shared":
-        return x0 + expand_like(t, x0) * eps, x_r
+        return x0 + expand_like(t, x0) * eps, t, x_r, r
     if coupling != "chunk":
         raise ValueError(f"coupling must be 'shared' or 'chunk', got {coupling!r}")
-    return x_r + expand_like((t**2 - r**2).sqrt(), x0) * randn_like(x0, generator), x_r
+    return x_r + expand_like((t**2 - r**2).sqrt(), x0) * randn_like(x0, generator), t, x_r, r
 
 
 @dataclass(frozen=True)
@@ -196,13 +191,12 @@ class ConsistencyTraining(Bootstrapped):
         """μ(k)"""
         return ct_mu(step, self.steps, self.s0, self.s1)
 
-    def pairs(self, batch: dict, step: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pairs(self, batch: dict, step: int, generator: Generator) -> Pairs:
         """i uniform among the N(k) − 1 neighbours."""
         x0 = batch["x0"]
         levels = self.process.grid(ct_levels(step, self.steps, self.s0, self.s1)).to(x0.device)
         i = torch.randint(len(levels) - 1, (len(x0),), generator=generator).to(x0.device)
-        x_t, x_r = coupled(x0, levels[i + 1], levels[i], generator, self.coupling)
-        return x_t, levels[i + 1], x_r, levels[i]
+        return coupled(x0, levels[i + 1], levels[i], generator, self.coupling)
 
 
 @dataclass(frozen=True)
@@ -214,14 +208,13 @@ class ICT(InverseGap):
     distance: Distance = ict_huber
     mu: float = 0.0
 
-    def pairs(self, batch: dict, step: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pairs(self, batch: dict, step: int, generator: Generator) -> Pairs:
         """i from the log-normal law in `curricula.lognormal_bins`."""
         x0 = batch["x0"]
         levels = self.process.grid(ict_levels(step, self.steps))
         i = torch.multinomial(lognormal_bins(levels), len(x0), replacement=True, generator=generator)
         t, r = levels[i + 1].to(x0.device), levels[i].to(x0.device)
-        x_t, x_r = coupled(x0, t, r, generator)
-        return x_t, t, x_r, r
+        return coupled(x0, t, r, generator)
 
 
 @dataclass(frozen=True)
@@ -251,12 +244,11 @@ class ECT(InverseGap):
         t = lognormal(n, generator)
         return t, ect_r(t, self.stage(step), self.q)
 
-    def pairs(self, batch: dict, step: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pairs(self, batch: dict, step: int, generator: Generator) -> Pairs:
         """Both points with one ε."""
         x0 = batch["x0"]
         t, r = (v.to(x0.device) for v in self.times(len(x0), step, generator))
-        x_t, x_r = coupled(x0, t, r, generator)
-        return x_t, t, x_r, r
+        return coupled(x0, t, r, generator)
 
 
 @dataclass(frozen=True)
@@ -282,7 +274,7 @@ class SCT(ECT):
         t, r = super().times(n, step, generator)
         return t, torch.maximum(r, lower_edge(t, self.edges))
 
-    def pairs(self, batch: dict, step: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pairs(self, batch: dict, step: int, generator: Generator) -> Pairs:
         """x_r from the stable target's ODE step."""
         x_t, t, x_r, r = super().pairs(batch, step, generator)
         if self.reference is None:
@@ -314,13 +306,12 @@ class BootstrapRegression(Bootstrapped):
         """1 keeps the copy, 0 renews it."""
         return float((step + 1) % self.reset > 0)
 
-    def pairs(self, batch: dict, step: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pairs(self, batch: dict, step: int, generator: Generator) -> Pairs:
         """n uniform, both points with one ε; index −1 is the clean image."""
         x0 = batch["x0"]
         n = torch.randint(self.process.T, (len(x0),), generator=generator)
         t, r = (self.process.sigma(v).to(x0.device) for v in (n, (n - self.gap).clamp(min=-1)))
-        x_t, x_r = coupled(x0, t, r, generator)
-        return x_t, t, x_r, r
+        return coupled(x0, t, r, generator)
 
 
 @dataclass(frozen=True)
@@ -338,7 +329,7 @@ class ScoreCorrected:
 
     def __post_init__(self) -> None:
         if getattr(self.base, "edges", ()):
-            raise ValueError("the score term pulls f to the image, a base with edges to the segment's edge; leave one out")
+            raise ValueError("the score term aims at the image, a base with edges at a segment's edge; leave one out")
 
     @property
     def mu(self) -> Any:

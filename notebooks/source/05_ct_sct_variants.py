@@ -118,7 +118,7 @@ assert (estimates.mean(0) - exact).norm() < 0.15
 # %%
 x0 = mixture.sample(5, torch.Generator().manual_seed(2))
 t, r = torch.full((5,), 1.5), torch.full((5,), 1.2)
-x_t, x_r = coupled(x0, t, r, torch.Generator().manual_seed(3), "shared")
+x_t, _, x_r, _ = coupled(x0, t, r, torch.Generator().manual_seed(3), "shared")
 
 torch.testing.assert_close(x_r, ode_step(lambda x, t: x0, x_t, t, r, "ddim"))
 

@@ -12,8 +12,7 @@
 | `SCT`                     | data + stable target   | ECT's, closing smoothly   | f⁻(x_r, r)         | norm         | 1/(t−r)|
 | `BootstrapRegression`     | data, shared ε         | n and n − 2 of the chain  | f⁻, renewed rarely | MSE          | 1      |
 
-`ScoreCorrected` adds the brief's score term to any of the last six. `SCM` and `MeanFlow`, the limit r -> t, are in
-`cmlib.continuous`.
+`ScoreCorrected` adds the brief's score term to any of the last six. `cmlib.continuous` has the limit r -> t: `SCM`, `MeanFlow`.
 
 An objective is called as `objective(f, target, batch, step, generator)` and returns the loss of each sample [B] and a
 dict of per-sample logs that has the noise level `t` (`Denoising`: the index). It holds no state; `mu` is the decay of the

@@ -1,5 +1,6 @@
 """Every promise of the server, against a real one: the shipped student, and a stand-in that is slow or wrong on demand."""
 
+import base64
 import concurrent.futures
 import hashlib
 import http.client
@@ -26,6 +27,7 @@ from cmlib.cli import main
 from cmlib.consistency import ConsistencyFunction, sample
 from cmlib.files import sha256, write_json
 from cmlib.ops import indexed_normal
+from cmlib.serving import site as sites
 
 bentoml = pytest.importorskip("bentoml", reason="pip install -e '.[serve]'")
 
@@ -524,7 +526,7 @@ def test_wrong_models_are_refused_in_one_line(tmp_path, capsys):
     assert not list((tmp_path / "out").rglob("*.onnx")), "before anything is computed"
 
 
-def test_a_site_is_checked_before_it_is_written_and_mends_what_is_damaged(page, tmp_path, capsys):
+def test_a_site_is_checked_before_it_is_written_and_mends_what_is_damaged(page, tmp_path, capsys, monkeypatch):
     site = ["site", "--profile", "t4", "--checkpoint", str(DIGITS), "--out"]
     assert main([*site, str(tmp_path / "out"), "--assets", str(tmp_path / "nowhere")]) == 2
     assert "nowhere lacks ort" in capsys.readouterr().err and not list((tmp_path / "out").rglob("*"))
@@ -532,5 +534,8 @@ def test_a_site_is_checked_before_it_is_written_and_mends_what_is_damaged(page, 
     whole = {path.name: path.read_bytes() for path in digits.iterdir()}
     (digits / "examples.bin").unlink()
     (digits / "walks.bin").write_bytes(whole["walks.bin"][:-1])
-    assert main([*site, str(digits.parent.parent)]) == 0
+    (tmp_path / "ort.mjs").touch()
+    monkeypatch.setattr(sites, "FILES", {"ort.mjs": "sha384-" + base64.b64encode(hashlib.sha384().digest()).decode()})
+    assert main([*site, str(digits.parent.parent), "--assets", str(tmp_path)]) == 0
+    assert (digits.parent / "runtime" / "ort.mjs").exists()
     assert {path.name: path.read_bytes() for path in digits.iterdir()} == whole

@@ -63,18 +63,21 @@ def write(
     levels = noise_grid(told)
     entry = {"name": name, "shape": list(shape), "levels": levels, "examples": len(images), "sampling": told["sampling"]}
     entry |= {"file": told["file"], "teacher": walker and walker.hash(), "images": data.fingerprint(images)}
-    sizes = {"examples.bin": images.numel(), "walks.bin": walker and images.numel() * len(levels) * (len(levels) + 1) // 2}
-    whole = all(size is None or _size(model / file) == size for file, size in sizes.items())
+    sizes = {"examples.bin": images.numel()} | ({"walks.bin": images.numel() * LEVELS * (LEVELS + 1) // 2} if walker else {})
+    whole = all((model / file).is_file() and (model / file).stat().st_size == size for file, size in sizes.items())
     if not whole or not (model / "page.json").exists() or json.loads((model / "page.json").read_text()) != entry:
         write_atomically(model / "examples.bin", images.numpy().tofile)
         if walker is not None:
             write_atomically(model / "walks.bin", teacher_walks(walker, images, levels).numpy().tofile)
         write_json(model / "page.json", entry)
-    runtime = CDN if assets is None else bring(assets, folder / "page" / "runtime")
+    if assets is not None:
+        (folder / "page" / "runtime").mkdir(exist_ok=True)
+        for file in FILES:
+            shutil.copyfile(assets / file, folder / "page" / "runtime" / file)
     for path in PAGE.iterdir():
-        target = folder if path.name == "index.html" else folder / "page"
-        shutil.copyfile(path, target / path.name)
+        shutil.copyfile(path, (folder if path.name == "index.html" else folder / "page") / path.name)
     entries = [json.loads(path.read_text()) for path in sorted((folder / "page").glob("*/page.json"))]
+    runtime = CDN if assets is None else "runtime/"
     write_json(folder / "page" / "settings.json", {"runtime": runtime, "files": RUNTIME, "models": entries})
     return entry
 
@@ -133,26 +136,13 @@ def described(folder: Path) -> dict[str, Any]:
     return told
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
 def check(assets: Path) -> None:
     """Raises ValueError unless `assets` has the files of onnxruntime-web that the page loads."""
     for name, integrity in FILES.items():
         if not (assets / name).is_file():
             raise ValueError(f"{assets} lacks {name}; it is in dist/ of what `npm pack onnxruntime-web@1.30.0` brings")
-        digest = hashlib.sha384((assets / name).read_bytes()).digest()
-        if integrity != "sha384-" + base64.b64encode(digest).decode():
+        if integrity != "sha384-" + base64.b64encode(hashlib.sha384((assets / name).read_bytes()).digest()).decode():
             raise ValueError(f"{assets / name} is not that of onnxruntime-web 1.30.0")
-
-
-def bring(assets: Path, to: Path) -> str:
-    """Copy the files that `check` has seen; where the page finds them."""
-    to.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        shutil.copyfile(assets / name, to / name)
-    return f"{to.name}/"
 
 
 def noise_grid(told: dict[str, Any]) -> list[float]:

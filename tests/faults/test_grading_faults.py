@@ -275,13 +275,13 @@ def test_what_cannot_be_graded_has_no_points_and_says_why(batch):
 
 
 @needs_isolation
-@fault("submission: burglar")
 def test_nobody_reaches_the_network_the_hidden_tests_or_other_folders(batch):
     rows, out, heard, _ = batch
-    assert not heard and points(rows["burglar"]) == ("2.0", "3.0")
     shown = (out / "autograded" / "burglar" / "tiny" / "tiny.ipynb").read_text()
-    assert "FOUND []" in shown and "WROTE /" not in shown
-    assert not any(p.exists() for p in (out.parent / "submissions" / "x", ROOT / "cmlib" / "x", Path.home() / "cmlib-x"))
+    with fault("submission: burglar"):
+        assert not heard and points(rows["burglar"]) == ("2.0", "3.0")
+        assert "FOUND []" in shown and "WROTE /" not in shown
+        assert not any(p.exists() for p in (out.parent / "submissions" / "x", ROOT / "cmlib" / "x", Path.home() / "cmlib-x"))
 
 
 def test_a_second_run_only_reads_what_the_first_has_done(batch):

@@ -148,6 +148,8 @@ def test_a_bad_value_of_any_option_is_one_line(place, name, action, data):
         value = data.draw(st.one_of(st.just(MAY_BE_ANY[action.dest]), WORD, st.just("9" * 30)))
     elif action.choices or action.dest in ("profile", "objectives"):
         value = data.draw(WORD)
+    elif action.dest == "folder":  # any folder and any zip, as a checkpoint is, may be graded
+        value = data.draw(st.sampled_from(["{here}/nowhere", "{here}/empty", "{here}/text"]))
     else:
         value = data.draw(BAD[action.type])
     if action.dest in ("dataset", "objectives", "profile", "teacher") and not value.strip():

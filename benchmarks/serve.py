@@ -43,7 +43,7 @@ NAMES = {
     "pipeline": "`ConsistencyModelPipeline`, plain FastAPI",
     "ddim": "the teacher's DDIM-50, plain FastAPI",
 }
-HEAD = "| server | clients | p50, ms | p95, ms | requests/s | `cmlib serve` answers | model p50, ms |"
+HEAD = "| server | clients | p50, ms | p95, ms | requests/s | `cmlib serve` answers | model p50, ms | model p95, ms |"
 START, END = "<!-- serve: written by benchmarks/serve.py -->", "<!-- /serve -->"
 
 
@@ -188,7 +188,8 @@ def markdown(results: dict[str, Any]) -> str:
     rates = {row["clients"]: row["rate"] for row in results["rows"] if row["server"] == "cmlib"}
     for row in results["rows"]:
         faster = "" if row["server"] == "cmlib" else f"{rates[row['clients']] / row['rate']:.1f} times as many"
-        cells = [f"{row[key]:.1f}" for key in ("p50", "p95", "rate")] + [faster, f"{row['model_p50']:.1f}"]
+        p50, p95, rate, model, model_p95 = (f"{row[key]:.1f}" for key in ("p50", "p95", "rate", "model_p50", "model_p95"))
+        cells = [p50, p95, rate, faster, model, model_p95]
         lines.append(f"| {NAMES[row['server']]} | {row['clients']} | {' | '.join(cells)} |")
     alone = results["alone"]
     eager, ours = (alone[f"latency_ms.{name}.batch_1.p50"] for name in ("eager", "export"))

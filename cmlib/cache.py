@@ -288,6 +288,8 @@ class PairCache:
         Each epoch shuffles the shards, then the pairs within windows of at most 256 MiB, and leaves out what does not fill
         a batch; a window smaller than a batch (as the whole of a small cache may be) is one smaller batch.
         """
+        if batch_size < 1 or start < 0:
+            raise ValueError(f"batches need a size of at least 1 and a start of at least 0, got {batch_size} and {start}")
         held: list[int] = []
         rows: dict[str, Tensor] = {}
         for epoch in itertools.count():

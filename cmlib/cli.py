@@ -174,8 +174,8 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1 and at most 10^9, got {value}")
     if not 1 <= getattr(args, "port", 1) <= 65535:
         raise ValueError(f"--port must lie in 1 … 65535, got {args.port}")
-    if getattr(args, "patience", 0) < 0:
-        raise ValueError(f"--patience must be at least 0, got {args.patience}")
+    if not 0 <= getattr(args, "patience", 0) <= 10**9:
+        raise ValueError(f"--patience must lie in 0 … 10^9, got {args.patience}")
     if (lr := getattr(args, "lr", None)) is not None and not 0 < lr < float("inf"):
         raise ValueError(f"--lr must be a positive number, got {lr}")
     if not 0 <= args.seed < 2**63:

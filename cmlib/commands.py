@@ -65,24 +65,13 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
         unet = UNet(**small_unet(images.shape[1:], profile.widths, 0.1, profile.layers, profile.attention, profile.classes))
         start = Teacher(unet, _chain(args.schedule or "linear"))
     refresh = (PairCache if args.resume else PairCache.open)(args.refresh) if finetune and args.refresh else None
-    batches = pipeline.stream(profile, images, labels, args.seed, start.unet)
     before = pipeline.epsilon_error(start.process, start.unet.eval(), *held_out)
+    updates, lr = args.updates or profile.teacher_updates, args.lr or (2e-4 if finetune else profile.teacher_lr)
+    settings = {"resume": args.resume, "patience": args.patience, "refresh": refresh, "precision": profile.precision}
+    settings |= {"batches": pipeline.stream(profile, images, labels, args.seed, start.unet)}
+    settings |= {"schedule": "constant" if finetune else "cosine", "every": 1_000 if profile.in_memory else None}
     teacher, history = pipeline.train_teacher(
-        start,
-        images,
-        held_out,
-        args.updates or profile.teacher_updates,
-        args.lr or (2e-4 if finetune else profile.teacher_lr),
-        profile.batch_size,
-        args.out,
-        args.seed,
-        resume=args.resume,
-        schedule="constant" if finetune else "cosine",
-        patience=args.patience,
-        refresh=refresh,
-        batches=batches,
-        precision=profile.precision,
-        every=1_000 if profile.in_memory else None,
+        start, images, held_out, updates, lr, profile.batch_size, args.out, args.seed, **settings
     )
     if ranks.is_first():
         teacher.save_pretrained(args.out / "pipeline")
@@ -111,6 +100,11 @@ def teacher_eval(args: Namespace, profile: Profile) -> Metrics:
     features = pipeline.Features.of(profile.dataset, args.out, images, labels, held_out)
     found |= features.compare("real", held_out[0]) | features.compare(f"teacher_ddim{args.steps}", fakes)
     return _say({**found, **features.protocol, "protocol.n": n})
+
+
+def _dataset(args: Namespace, profile: Profile, shape: tuple[int, ...]) -> str:
+    """--dataset, or else the profile's, which goes by the machine; but the digits for a student of images as small."""
+    return "digits" if not args.dataset and shape == (1, 8, 8) else profile.dataset
 
 
 def _samples(args: Namespace, profile: Profile, images: Tensor) -> int:
@@ -172,9 +166,8 @@ def cache_verify(args: Namespace, profile: Profile) -> Metrics:
     damaged = cache.verify()
     if damaged:
         named = ", ".join(map(str, damaged[:10])) + (", …" if len(damaged) > 10 else "")
-        raise ValueError(
-            f"{len(damaged)} of {cache.n_shards} shards are damaged or missing ({named}); the same build repairs them"
-        )
+        bad = f"{len(damaged)} of {cache.n_shards} shards are damaged or missing"
+        raise ValueError(f"{bad} ({named}); the same build repairs them")
     return _say({"shards.good": cache.n_shards, "shards.damaged": 0})
 
 
@@ -246,7 +239,6 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     if f.image_shape != tuple(images.shape[1:]):
         raise ValueError(f"{args.checkpoint} makes images {f.image_shape}, the data set's are {tuple(images.shape[1:])}")
     held_out = data.load(profile.dataset, "test", limit=args.limit or profile.in_memory)
-    shape = f.image_shape
     teacher = _teacher(args, profile, images)
     n = _samples(args, profile, images)
     features = pipeline.Features.of(profile.dataset, args.out, images, labels, held_out)
@@ -264,12 +256,11 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     with given(held_out[1] if held_out[1] is None else held_out[1][:64]):
         indices, distance = evaluate.reconstruction_error(f, few, teacher.process, profile.timesteps, args.seed, f.sigma_max)
     sigma = teacher.process.sigma(indices)
-    noise = indexed_normal(pipeline.SAMPLING_SEED + args.seed, range(64), shape, 7)
+    noise = indexed_normal(pipeline.SAMPLING_SEED + args.seed, range(64), f.image_shape, 7)
     with balanced(f, torch.arange(64)):
         levels, gap = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps)
-    curve = plots.curves(
-        {"student": plots.binned(sigma, distance)}, "noise level σ", "‖f(x_t, t) − x0‖", "Distance to the image"
-    )
+    found_at = {"student": plots.binned(sigma, distance)}
+    curve = plots.curves(found_at, "noise level σ", "‖f(x_t, t) − x0‖", "Distance to the image")
     plots.save(curve, args.out / "reconstruction.png")
     curve = plots.curves({"student": (levels, gap)}, "noise level σ", "RMS of f(x_t, t) − x_end", "Self-consistency gap")
     plots.save(curve, args.out / "gap.png")
@@ -298,13 +289,11 @@ def export(args: Namespace, profile: Profile) -> Metrics:
     f = ConsistencyFunction.load(args.checkpoint)
     if classes(f):
         raise ValueError(f"{args.checkpoint} is class-conditional, and no format here takes labels; `cmlib sample` does")
-    held_out, _ = data.load(profile.dataset, "test", limit=64)
-    if f.image_shape != tuple(held_out.shape[1:]):
-        raise ValueError(
-            f"{args.checkpoint} makes images {f.image_shape}, {profile.dataset}'s are {tuple(held_out.shape[1:])}; give the"
-            " --dataset it was trained on, which the report measures on"
-        )
-    images = data.load(profile.dataset, limit=256)[0] if args.precision == "int8" else None
+    dataset = _dataset(args, profile, f.image_shape)
+    held_out, _ = data.load(dataset, "test", limit=64)
+    if f.image_shape != (its := tuple(held_out.shape[1:])):
+        raise ValueError(f"{args.checkpoint} makes images {f.image_shape}, {dataset}'s are {its}; give its own --dataset")
+    images = data.load(dataset, limit=256)[0] if args.precision == "int8" else None
     if args.format not in ("onnx", "triton", "diffusers") and torch.cuda.is_available():
         f = f.to("cuda")
     told = exporting.save(f, args.out, args.format, args.precision, images)
@@ -320,9 +309,17 @@ def export(args: Namespace, profile: Profile) -> Metrics:
     return found
 
 
+def _page(args: Namespace, profile: Profile) -> Metrics:
+    """The page in --out, and the model's entry in its settings."""
+    if args.onnx and not args.onnx.is_dir():
+        raise ValueError(f"--onnx {args.onnx} is no folder; give the folder of `cmlib export --format onnx`")
+    student = args.checkpoint or args.onnx
+    return sites.write(args.out, _dataset(args, profile, sites.shape_of(student)), student, args.teacher, args.assets)
+
+
 def site(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib site`"""
-    made = sites.write(args.out, profile.dataset, args.checkpoint or args.onnx, args.teacher, args.assets)
+    made = _page(args, profile)
     print(f"the page is in {args.out}, for any web server: python -m http.server --directory {args.out}")
     return {"protocol.model": made["name"], "levels": len(made["levels"]), "examples": made["examples"]}
 
@@ -331,7 +328,8 @@ def serve(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib serve`"""
     settings = {key: getattr(args, key) for key in ("port", "workers", "timeout", "queue", "tensorrt")}
     settings["host"] = serving.address(args.host, args.port)  # before anything is computed
-    serving.start(args.out, site(args, profile)["protocol.model"], **settings)
+    print("preparing the page …", flush=True)
+    serving.start(args.out, _page(args, profile)["name"], **settings)
     return {f"protocol.{key}": value for key, value in settings.items()}
 
 

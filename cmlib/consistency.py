@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cmlib.files import intact, write_atomically
+from cmlib.files import intact, read_weights, write_atomically, write_weights
 from cmlib.ops import device_of, expand_like
 from cmlib.process import EDM
 from cmlib.unet import UNet, check_images
@@ -94,8 +93,6 @@ class ConsistencyFunction(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write weights and configuration, as a torch file where `path` ends in .pt, else as safetensors."""
-        from safetensors.torch import save
-
         path = Path(path)
         if self.config["unet"] is None:
             raise TypeError("only a ConsistencyFunction over cmlib.unet.UNet can be saved with its configuration")
@@ -103,14 +100,12 @@ class ConsistencyFunction(nn.Module):
             state = {"config": self.config, "ema": self.state_dict()}
             write_atomically(path, lambda file: torch.save(state, file))
             return
-        weights = {k: v.detach().contiguous().cpu() for k, v in self.net.state_dict().items()}
-        data = save(weights, metadata={"consistency_function": json.dumps(self.config)})
-        write_atomically(path, lambda file: file.write(data))
+        write_weights(path, self.net.state_dict(), "consistency_function", self.config)
 
     @classmethod
     def load(cls, path: str | Path) -> ConsistencyFunction:
         """Read what `save` or `train.fit` wrote (`.safetensors` or `.pt`); never unpickles code. Returns it in eval mode."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         path = Path(path)
         if not path.is_file():
@@ -123,9 +118,7 @@ class ConsistencyFunction(nn.Module):
                 config = saved["config"]
                 weights = {k.removeprefix("net."): v for k, v in saved["ema"].items() if k.startswith("net.")}
             else:
-                with safe_open(path, framework="pt") as file:
-                    config = json.loads((file.metadata() or {})["consistency_function"])
-                    weights = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+                config, weights = read_weights(path, "consistency_function")
             f = cls(UNet.from_config(config["unet"]), **{k: config[k] for k in SIGMAS})
             f.net.load_state_dict(weights)
         except (SafetensorError, KeyError, RuntimeError, OSError, EOFError, ValueError, TypeError) as error:

@@ -68,6 +68,8 @@ def load(name: str, split: str = "train", limit: int | None = None) -> tuple[Ten
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
     images, labels = _digits(split) if name == "digits" else _from_datasets(name, split, limit)
     return images[:limit], labels if labels is None else labels[:limit]
 
@@ -184,6 +186,8 @@ def batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Endless shuffled batches {"x0": float [B,C,H,W], "index": [B]} and, with `labels`, "label"; the stream from `start` on
     is what a run that was stopped there would have seen next."""
+    if min(batch_size, len(images)) < 1 or start < 0:
+        raise ValueError(f"{len(images)} images make no batches of {batch_size} from batch {start} on")
     per_epoch = max(1, len(images) // batch_size)
     for epoch in range(start // per_epoch, 10**9):
         rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
@@ -204,7 +208,7 @@ def stream(name: str, batch_size: int, seed: int = 0, start: int = 0) -> Iterato
     from datasets.distributed import split_dataset_by_node
 
     rank, world = ranks.here()
-    if batch_size % world:
+    if batch_size < 1 or batch_size % world:
         raise ValueError(f"a streamed batch of {batch_size} cannot be shared equally by {world} processes")
     found = _open(name, "train", streaming=True)
     undecoded = found.part.cast_column(found.column, datasets.Image(decode=False))

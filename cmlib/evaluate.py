@@ -6,7 +6,6 @@ only Inception's is called FID. Numbers are comparable at equal features, refere
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from torch import Generator, Tensor, nn
 
 from cmlib import ranks
 from cmlib.data import to_float, to_uint8
-from cmlib.files import write_atomically
+from cmlib.files import read_weights, write_weights
 from cmlib.ops import device_of, expand_like, mse
 from cmlib.process import DDPM
 from cmlib.teacher import Teacher
@@ -58,22 +57,18 @@ class Classifier(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write weights as safetensors with the configuration in the header."""
-        from safetensors.torch import save
-
-        weights = {k: v.contiguous() for k, v in self.state_dict().items()}
-        data = save(weights, metadata={"classifier": json.dumps(self.config)})
-        write_atomically(path, lambda file: file.write(data))
+        write_weights(path, self.state_dict(), "classifier", self.config)
 
     @classmethod
     def load(cls, path: str | Path) -> Classifier:
         """Read what `save` wrote, in eval mode."""
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         try:
-            with safe_open(path, framework="pt") as file:
-                model = cls(**json.loads((file.metadata() or {})["classifier"]))
-                model.load_state_dict({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118 (not a dict)
-        except (SafetensorError, KeyError, OSError, RuntimeError) as error:
+            config, weights = read_weights(Path(path), "classifier")
+            model = cls(**config)
+            model.load_state_dict(weights)
+        except (SafetensorError, KeyError, OSError, RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"{path} is not a classifier that cmlib wrote ({type(error).__name__})") from error
         return model.eval().requires_grad_(False)
 
@@ -194,6 +189,7 @@ class FID:
                 "FID needs torchmetrics, torch-fidelity and its Inception weights: pip install --no-deps torchmetrics"
                 " lightning-utilities torch-fidelity, and a first run with network"
             ) from error
+        self.metric.orig_dtype = torch.float64  # which `update` sets, but a rank may get no images
         self.metric.to("cuda" if torch.cuda.is_available() else "cpu")
         self.decode = decode
         rank, world = ranks.here()

@@ -5,6 +5,7 @@ A folder holds the model and, written after it, `metadata.json`, which names the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from cmlib import engine, formats
 from cmlib.consistency import SIGMAS, ConsistencyFunction
-from cmlib.files import move_in, sha256, write_atomically, write_json
+from cmlib.files import move_in, packed, sha256, write_atomically, write_json
 from cmlib.ops import Network, device_of
 from cmlib.unet import UNet
 
@@ -123,11 +124,8 @@ def load(folder: str | Path) -> Exported:
 
 
 def weights_sha256(f: ConsistencyFunction) -> str:
-    """SHA-256 of weights and configuration: that of the `.safetensors` that `f.save` writes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "student.safetensors")
-        f.save(path)
-        return sha256(path)
+    """SHA-256 of weights and configuration: what `f.save` writes into the header of a `.safetensors`."""
+    return hashlib.sha256(packed(f.net.state_dict(), "consistency_function", f.config)).hexdigest()
 
 
 def signature(f: ConsistencyFunction) -> dict[str, Any]:

@@ -66,6 +66,33 @@ def _seal(value: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def packed(weights: dict[str, Any], kind: str, config: dict[str, Any]) -> bytes:
+    """Tensors as safetensors, with `config` under the name `kind` in the header."""
+    from safetensors.torch import save
+
+    plain = {k: v.detach().contiguous().cpu() for k, v in weights.items()}
+    return save(plain, metadata={kind: json.dumps(config)})  # one name alone: the order of several is random
+
+
+def write_weights(path: Path, weights: dict[str, Any], kind: str, config: dict[str, Any]) -> None:
+    """Write `packed` with the checksum that `read_weights` looks at in the header."""
+    data = packed(weights, kind, {**config, "sha256": hashlib.sha256(packed(weights, kind, config)).hexdigest()})
+    write_atomically(path, lambda file: file.write(data))
+
+
+def read_weights(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and tensors of such a file; the shipped ones have no checksum. Raises ValueError if a bit has changed."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        config = json.loads((file.metadata() or {})[kind])
+        weights = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    known = config.pop("sha256", None)
+    if known is not None and known != hashlib.sha256(packed(weights, kind, config)).hexdigest():
+        raise ValueError("a checksum differs")
+    return config, weights
+
+
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
     """An OSError says what it stopped, and that the same call goes on from there."""

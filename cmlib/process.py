@@ -49,6 +49,10 @@ class EDM:
     sigma_max: float = 80.0
     rho: float = 7.0
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.sigma_min < self.sigma_max < math.inf and self.rho > 0):
+            raise ValueError(f"need 0 <= sigma_min < sigma_max < ∞ and rho > 0, got {self}")
+
     def perturb(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = x0 + t·ε; `eps` is unit normal."""
         return x0 + expand_like(t, x0) * eps
@@ -59,6 +63,8 @@ class EDM:
 
     def grid(self, n: int) -> Tensor:
         """n ascending levels t_i = (σ_min^{1/ρ} + i/(n−1)·(σ_max^{1/ρ} − σ_min^{1/ρ}))^ρ (CM sec. 4, EDM eq. 5)."""
+        if n < 1:
+            raise ValueError(f"a grid has at least one level, got {n}")
         lo, hi = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return torch.linspace(lo, hi, n, dtype=torch.float64).pow(self.rho).float()
 

@@ -196,6 +196,16 @@ def test_truncated_files_are_refused(tmp_path, name):
         assert "\n" not in str(error.value)
 
 
+def test_a_flipped_bit_in_safetensors_is_refused(tmp_path):
+    path = tmp_path / "student.safetensors"
+    tiny().save(path)
+    whole = path.read_bytes()
+    for at in (len(whole) - 1, whole.index(b"sigma_data") + 13):  # a weight; a digit of a setting
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="not a consistency model"):
+            ConsistencyFunction.load(path)
+
+
 @pytest.mark.parametrize("content", [{}, {"config": {"unet": {}}, "ema": {}}, [1, 2], {"config": 3, "ema": {}}], ids=str)
 def test_files_of_something_else_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "student.pt")

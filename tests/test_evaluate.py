@@ -107,9 +107,11 @@ def test_classifier_file_round_trip(tmp_path):
     classifier.save(tmp_path / "c.safetensors")
     x = torch.randn(2, 3, 16, 16)
     assert torch.equal(evaluate.Classifier.load(tmp_path / "c.safetensors")(x), classifier(x))
-    (tmp_path / "c.safetensors").write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="not a classifier"):
-        evaluate.Classifier.load(tmp_path / "c.safetensors")
+    whole = (tmp_path / "c.safetensors").read_bytes()
+    for damaged in (b"rubbish", whole[:-1] + bytes([whole[-1] ^ 1])):
+        (tmp_path / "c.safetensors").write_bytes(damaged)
+        with pytest.raises(ValueError, match="not a classifier"):
+            evaluate.Classifier.load(tmp_path / "c.safetensors")
 
 
 def test_reconstruction_error_of_the_identity_is_the_noise():

@@ -20,8 +20,10 @@ from cmlib import cli, data, evaluate, files, profiles
 from cmlib import commands as commands_module
 from cmlib.cache import PairCache
 from cmlib.consistency import EMA, ConsistencyFunction, sample
+from cmlib.objectives import ECT, ICT, ConsistencyTraining
 from cmlib.ops import indexed_normal
-from cmlib.process import DDPM, ode_step
+from cmlib.process import DDPM, EDM, ode_step
+from cmlib.serving import serve
 from cmlib.teacher import Teacher
 from cmlib.train import fit
 from cmlib.unet import UNet
@@ -51,6 +53,8 @@ def place(tmp_path_factory):
         patch.setitem(profiles.PROFILES, "tiny", TINY)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("CMLIB_PROFILE", "tiny")
+        patch.setattr(serve, "address", lambda host, port: host)
+        patch.setattr(serve, "start", lambda *_, **settings: pytest.fail(f"a server would start with {settings}"))
         yield here
 
 
@@ -69,6 +73,8 @@ GOOD = {  # commands that run, fast, if no option is bad
     "evaluate": "--checkpoint {here}/student.pt --teacher {here}/teacher --samples 10 --limit 20",
     "compare": "--teacher {here}/teacher --objectives ect --budget-images 8 --seeds 1",
     "export": "--checkpoint {here}/student.pt",
+    "serve": "--checkpoint {here}/student.pt",
+    "site": "--checkpoint {here}/student.pt",
     "grade": "{here}/folder",
     "doctor": "",
     "demo": "--quick",
@@ -83,7 +89,7 @@ BAD = {
     None: st.one_of(WORD, st.sampled_from(["{here}/empty", "{here}/text", "{here}/folder", "no/such", "a/b/c"])),
 }
 MAY_BE_ANY = {"seed": "-1", "patience": "-1"}  # whose 0 is good
-LEFT_OUT = ("help", "out", "function", "exercises", "schedule")  # --out is fuzzed by itself; the others cannot be bad alone
+LEFT_OUT = ("help", "out", "function", "exercises", "schedule", "host")  # --out is fuzzed by itself; a host asks the network
 
 
 def commands(parser: argparse.ArgumentParser, name: str = ""):
@@ -96,16 +102,12 @@ def commands(parser: argparse.ArgumentParser, name: str = ""):
             yield from commands(sub, f"{name} {word}")
 
 
-READS_IMAGES = ("teacher train", "teacher finetune", "teacher eval", "cache build", "distill", "evaluate", "export")
+READS_IMAGES = ("teacher train", "teacher finetune", "teacher eval", "cache build", "distill", "evaluate", "export", "serve")
 OPTIONS = [
     (name, action)
     for name, sub in commands(cli.parser())
     for action in sub._actions
-    if name in GOOD
-    and action.option_strings
-    and action.nargs != 0
-    and action.dest not in LEFT_OUT
-    and (action.dest != "dataset" or name in READS_IMAGES)
+    if name in GOOD and action.nargs != 0 and action.dest not in LEFT_OUT and (action.dest != "dataset" or name in READS_IMAGES)
 ]
 
 
@@ -134,24 +136,31 @@ def refused(here: Path, *arguments: str) -> str:
 
 def test_all_options_are_in_the_list():
     names = {name for name, _ in commands(cli.parser())}
-    assert set(GOOD) <= names and names - set(GOOD) <= {"serve", "site"}, "give a new command its line in GOOD"
-    assert len(OPTIONS) > 60
+    assert set(GOOD) == names, "give a new command its line in GOOD"
+    assert len(OPTIONS) > 90 and {name for name, action in OPTIONS if not action.option_strings} >= {"cache verify", "grade"}
 
 
-@settings(few, max_examples=8 * int(os.environ.get("FZ", 12)))
+@pytest.mark.parametrize(("name", "action"), OPTIONS, ids=lambda part: part if isinstance(part, str) else part.dest)
+@settings(few, max_examples=2)
 @given(data=st.data())
-def test_a_bad_value_of_any_option_is_one_line(place, data):
-    name, action = data.draw(st.sampled_from(OPTIONS))
+def test_a_bad_value_of_any_option_is_one_line(place, name, action, data):
     if action.dest in MAY_BE_ANY:
         value = data.draw(st.one_of(st.just(MAY_BE_ANY[action.dest]), WORD, st.just("9" * 30)))
     elif action.choices or action.dest in ("profile", "objectives"):
         value = data.draw(WORD)
+    elif action.dest == "folder":  # any folder and any zip, as a checkpoint is, may be graded
+        value = data.draw(st.sampled_from(["{here}/nowhere", "{here}/empty", "{here}/text"]))
     else:
         value = data.draw(BAD[action.type])
-    if action.dest in ("dataset", "objectives", "profile") and not value.strip():
+    if action.dest in ("dataset", "objectives", "profile", "teacher") and not value.strip():
         value = "ø"
-    line = [part.format(here=place) for part in f"{name} {GOOD[name]}".split()]
-    refused(place, *line, f"{action.option_strings[-1]}={value.format(here=place) if '{here}' in value else value}")
+    value = value.format(here=place) if "{here}" in value else value
+    good = [part.format(here=place) for part in GOOD[name].split()]
+    if not action.option_strings:
+        refused(place, *name.split(), value, *good[1:])
+    else:
+        good = [] if action.dest == "onnx" else good  # in place of a checkpoint
+        refused(place, *name.split(), *good, f"{action.option_strings[-1]}={value}")
 
 
 @few
@@ -281,6 +290,17 @@ def test_a_cache_of_anything(place, images, pairs, delta, batch):
 
 
 @few
+@given(images=tensors(), size=st.integers(-2, 9), start=st.integers(-2, 5))
+def test_batches_of_anything(place, images, size, start):
+    good = size >= 1 and start >= 0
+    cache = PairCache.open(place / "cache")
+    assert (clear_or_fine(lambda: next(cache.loader(size, 0, start))) is not None) == good
+    some = images.ndim > 0 and len(images) > 0
+    assert (clear_or_fine(lambda: next(data.batches(images, size, 0, start))) is not None) == (good and some)
+    assert (clear_or_fine(lambda: data.load("digits", limit=start)) is not None) == (start >= 1)
+
+
+@few
 @given(a=tensors(), b=tensors())
 def test_distances_of_anything(a, b):
     """Finite numbers, or a line: a distance is never NaN."""
@@ -308,8 +328,13 @@ def test_noise_of_anything(seed, index, stream):
 
 
 @few
-@given(betas=tensors(), steps=st.integers(-3, 2000), decay=st.floats())
-def test_processes_of_anything(betas, steps, decay):
+@given(betas=tensors(), steps=st.integers(-3, 2000), decay=st.floats(), sigma=st.floats(), larger=st.floats())
+@example(betas=torch.ones(1), steps=0, decay=0.0, sigma=5.0, larger=2.0)
+def test_processes_of_anything(betas, steps, decay, sigma, larger):
+    assert (clear_or_fine(lambda: EDM(sigma, larger)) is not None) == (0 <= sigma < larger < float("inf"))
+    assert (clear_or_fine(lambda: EDM().grid(steps)) is not None) == (steps >= 1)
+    for objective in (ConsistencyTraining, ICT, ECT):
+        assert (clear_or_fine(lambda objective=objective: objective(steps)) is not None) == (steps >= 1)
     chain = clear_or_fine(lambda: DDPM(betas))
     assert chain is None or bool(chain.alpha_bar.isfinite().all())
     assert (clear_or_fine(lambda: DDPM.linear().grid(steps)) is not None) == (1 <= steps <= 1000)

@@ -61,18 +61,20 @@ def test_sampling_is_split_without_padding_or_duplicates(found):
     assert len(one["images"]) == 51 and len(one["images"].unique(dim=0)) == 51
     for key in ("images", "teacher"):
         assert torch.equal(one[key], first[key]) and torch.equal(one[key], second[key])
-    assert abs(first["fd"] / one["fd"] - 1) < 1e-6 and first["fd"] == second["fd"]
+    for distance in ("fd", "fid"):
+        assert abs(first[distance] / one[distance] - 1) < 1e-6 and first[distance] == second[distance]
 
 
-@pytest.mark.parametrize("folder", ["cache", "rollouts"])
+@pytest.mark.parametrize("folder", ["cache", "rollouts", "images"])
 def test_the_cache_of_two_ranks_has_the_bytes_of_one(folders, folder):
     one, two = ({p.name: p.read_bytes() for p in (f / folder).iterdir() if p.suffix in (".pt", ".json")} for f in folders)
     one.pop("metrics.json", None), two.pop("metrics.json", None)
     assert "shard-00000.pt" in one and one == two
 
 
-def test_commands_in_two_processes_write_what_one_writes(folders):
+def test_commands_in_two_processes_write_what_one_writes(folders, found):
     one, two = folders
+    assert [part["dealt"]["least"] >= 1 for part in found] == [True] * 3, "each rank has a share of every draw"
     metrics = [json.loads((folder / "evaluation" / "metrics.json").read_text()) for folder in (one, two)]
     assert metrics[0].keys() == metrics[1].keys() and metrics[0]["fd_digits.student_1"] > 0
     for key, value in metrics[0].items():

@@ -1,5 +1,6 @@
 """Every promise of the server, against a real one: the shipped student, and a stand-in that is slow or wrong on demand."""
 
+import base64
 import concurrent.futures
 import hashlib
 import http.client
@@ -26,6 +27,7 @@ from cmlib.cli import main
 from cmlib.consistency import ConsistencyFunction, sample
 from cmlib.files import sha256, write_json
 from cmlib.ops import indexed_normal
+from cmlib.serving import site as sites
 
 bentoml = pytest.importorskip("bentoml", reason="pip install -e '.[serve]'")
 
@@ -47,7 +49,7 @@ class Server:
             self.port = free.getsockname()[1]
         self.log = out / "log.txt"
         command = [sys.executable, "-m", "cmlib", "serve", *student, "--out", str(out), "--port", str(self.port), *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CMLIB_PROFILE": "ci"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CMLIB_PROFILE": "t4"}  # whose data set is CIFAR-10
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         self.before_ready = []
@@ -272,6 +274,8 @@ def test_the_page_is_there(server):
     for path in re.findall(r'(?:href|src)="(page/[^"]+)"', body.decode()):
         assert server.get(f"/{path}")[0] == 200
     assert json.loads(server.get("/page/settings.json")[2])["models"][0]["name"] == "digits"
+    log = server.log.read_text()
+    assert log.startswith("preparing the page") and "any web server" not in log
     assert server.get("/page/digits/model.onnx")[2] == (server.log.parent / "page" / "digits" / "model.onnx").read_bytes()
 
 
@@ -279,6 +283,11 @@ def test_the_page_is_there(server):
 
 
 BLACK = [[0] * 8 for _ in range(8)]
+
+
+def declared(server, status):
+    """The content types that the schema promises for it."""
+    return json.loads(server.get("/openapi.json")[2])["paths"]["/sample"]["post"]["responses"][str(status)]["content"]
 
 
 @pytest.mark.parametrize(
@@ -313,15 +322,16 @@ BLACK = [[0] * 8 for _ in range(8)]
 )  # fmt: skip
 def test_bad_input_is_refused(server, path, body, status):
     raw = body if isinstance(body, bytes) else json.dumps(body)
-    found, _, answer = server.request("POST", path, raw, {"Content-Type": "application/json"})
+    found, headers, answer = server.request("POST", path, raw, {"Content-Type": "application/json"})
     assert found == status, answer
+    assert status == 404 or headers["content-type"].partition(";")[0] in declared(server, status)
     assert b"Traceback" not in answer and len(answer) < 5_000
     assert server.request("POST", path, b"{}", {"Content-Type": "application/vnd.bentoml+pickle"})[0] in (404, 422)
 
 
 def test_a_body_without_a_length_is_capped_too(server):
-    status, _, _ = server.request("POST", "/sample", iter([b" " * 10_000] * 10), {"Content-Type": "application/json"})
-    assert status == 413
+    status, headers, _ = server.request("POST", "/sample", iter([b" " * 10_000] * 10), {"Content-Type": "application/json"})
+    assert status == 413 and headers["content-type"] in declared(server, 413)
 
 
 def test_schema_holds_over_a_thousand_cases(server, tmp_path):
@@ -499,7 +509,10 @@ def test_wrong_models_are_refused_in_one_line(tmp_path, capsys):
         odd = {**told["sampling"], "sigmas": {"1": levels[:1], "2": levels}}
         assert "noise levels" in changed(model, sampling=odd)
     latent = json.loads(json.dumps(told["inputs"]).replace('"batch", 1, 8, 8', '"batch", 4, 8, 8'))
-    assert "cannot run" in changed(model, inputs=latent)
+    assert "makes 4 channels" in changed(model, inputs=latent)
+    wide = json.loads(json.dumps(told["inputs"]).replace('"batch", 1, 8, 8', '"batch", 1, 8, 16'))
+    assert "give its own --dataset" in changed(model, inputs=wide)
+    assert "give the folder of" in refused(capsys, tmp_path / "out", "--onnx", good / "model.onnx")
     assert "holds no export" in refused(capsys, tmp_path / "out", "--onnx", tmp_path)
     assert "no checkpoint at" in refused(capsys, tmp_path / "out", "--checkpoint", tmp_path / "nowhere.pt")
     assert "is not a consistency model" in refused(capsys, tmp_path / "out", "--checkpoint", __file__)
@@ -511,3 +524,18 @@ def test_wrong_models_are_refused_in_one_line(tmp_path, capsys):
     assert "65535" in refused(capsys, tmp_path / "out", "--onnx", good, "--port", 70_000)
     assert "cannot listen on no.invalid:3000" in refused(capsys, tmp_path / "out", "--onnx", good, "--host", "no.invalid")
     assert not list((tmp_path / "out").rglob("*.onnx")), "before anything is computed"
+
+
+def test_a_site_is_checked_before_it_is_written_and_mends_what_is_damaged(page, tmp_path, capsys, monkeypatch):
+    site = ["site", "--profile", "t4", "--checkpoint", str(DIGITS), "--out"]
+    assert main([*site, str(tmp_path / "out"), "--assets", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere lacks ort" in capsys.readouterr().err and not list((tmp_path / "out").rglob("*"))
+    digits = page() / "page" / "digits"
+    whole = {path.name: path.read_bytes() for path in digits.iterdir()}
+    (digits / "examples.bin").unlink()
+    (digits / "walks.bin").write_bytes(whole["walks.bin"][:-1])
+    (tmp_path / "ort.mjs").touch()
+    monkeypatch.setattr(sites, "FILES", {"ort.mjs": "sha384-" + base64.b64encode(hashlib.sha384().digest()).decode()})
+    assert main([*site, str(digits.parent.parent), "--assets", str(tmp_path)]) == 0
+    assert (digits.parent / "runtime" / "ort.mjs").exists()
+    assert {path.name: path.read_bytes() for path in digits.iterdir()} == whole

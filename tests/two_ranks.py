@@ -2,6 +2,8 @@
 
 import copy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +25,12 @@ from cmlib.unet import UNet
 from tests.small import UNET, seeded
 
 STEPS, SHAPE, BATCH = 20, (1, 8, 8), 9  # which two ranks share as 5 and 4
-NAMES = (*OBJECTIVES, "denoising", "ict-corrected", "sct-batch")
+NAMES = (*OBJECTIVES, "denoising", "ict-corrected", "sct-batch", "consistency-distillation-fly")
 NET = UNET | {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 
 
-def make_teacher() -> Teacher:
-    torch.manual_seed(0)
+def make_teacher(seed: int = 0) -> Teacher:
+    torch.manual_seed(seed)
     return Teacher(UNet(**NET), DDPM.linear())
 
 
@@ -41,7 +43,7 @@ def trained(name: str, teacher: Teacher, images: torch.Tensor, cache: PairCache)
     if name == "denoising":
         model, objective = start.requires_grad_(True), Denoising(teacher.process)
     else:
-        base = name.removesuffix("-corrected").removesuffix("-batch")
+        base = name.removesuffix("-corrected").removesuffix("-batch").removesuffix("-fly")
         model = first_student(base, teacher, 20.0).requires_grad_(True)
         given = None if name in CACHED else images
         objective, settings = recipe(base, CI, STEPS, model, SHAPE, teacher, given)
@@ -81,6 +83,36 @@ def streamed(out: Path, images: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"average": weights, "loss": torch.tensor([row["loss"] for row in history])}
 
 
+class Corner(torch.nn.Module):
+    """Features for FID: four pixels."""
+
+    num_features = 4
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, 0, 3:5, 3:5].flatten(1).double()
+
+
+@contextmanager
+def small_batches() -> Iterator[list[int]]:
+    """A few images are several batches inside; how many of each deal are this rank's."""
+    functions, dealt, mine = (pipeline.draw, pipeline.draw_teacher, evaluate.features), ranks.dealt, []
+    before = [function.__defaults__ for function in functions]
+
+    def noted(parts, work):
+        mine.append(len(parts[ranks.here()[0] :: ranks.here()[1]]))
+        return dealt(parts, work)
+
+    try:
+        ranks.dealt = noted
+        for function in functions:
+            function.__defaults__ = (10, *function.__defaults__[1:])
+        yield mine
+    finally:
+        ranks.dealt = dealt
+        for function, values in zip(functions, before, strict=True):
+            function.__defaults__ = values
+
+
 def command_line(out: Path) -> None:
     """teacher -> cache -> student -> samples -> evaluation, as a user runs them."""
 
@@ -103,6 +135,8 @@ def everything(out: Path) -> dict[str, dict[str, torch.Tensor]]:
     images = torch.randint(0, 256, (64, *SHAPE), dtype=torch.uint8, generator=seeded(1))
     teacher = make_teacher()
     cache = PairCache.build(out / "cache", teacher, 240, "rollout", solver="ddim", steps=5, shape=SHAPE, batch_size=8)
+    pairs = PairCache.build(out / "images", teacher, 3000, "data", images, batch_size=100)
+    pairs.refresh(make_teacher(1))
     start = warm_start(teacher, 20.0)  # once for all: fitting the time embedding costs more than the training
     recipes.warm_start = lambda teacher, sigma_max: copy.deepcopy(start)
     found = {name: trained(name, teacher, images, cache) for name in NAMES}
@@ -110,14 +144,20 @@ def everything(out: Path) -> dict[str, dict[str, torch.Tensor]]:
     fakes = pipeline.draw(first_student("ict", teacher, 20.0), 51, 2, SHAPE, 0, batch=10)
     drawn = evaluate.features(classifier, fakes, batch_size=10)
     real = evaluate.features(classifier, data.load("digits", limit=200)[0])
+    fid = evaluate.FID(images, Corner())
+    if ranks.is_first():
+        fid.add(fakes)  # as the one batch of `images` is the first rank's, the second has nothing
     found["sampling"] = {
+        "fid": torch.tensor(fid.distance(), dtype=torch.float64),
         "images": fakes,
         "teacher": pipeline.draw_teacher(teacher, 11, 4, "ancestral", SHAPE, 0, batch=3),
         "fd": torch.tensor(evaluate.frechet_distance(real, drawn), dtype=torch.float64),
     }
     recipes.warm_start = warm_start
     found["streamed"] = streamed(out, images)
-    command_line(out)
+    with small_batches() as mine:
+        command_line(out)
+    found["dealt"] = {"least": torch.tensor(min(mine))}
     return found
 
 

@@ -110,7 +110,7 @@ class Problem(BaseModel):
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "The body is not JSON"},
-    413: {"model": Problem, "description": "The body is too large"},
+    413: {"model": Problem, "description": "The body is too large", "content": {"text/plain": {"schema": {"type": "string"}}}},
     422: {"model": Problem, "description": "The request does not fit the schema"},
     429: {"model": Problem, "description": "Too many images wait; retry after the seconds in Retry-After"},
     500: {"model": Problem, "description": "The model's output is not finite"},

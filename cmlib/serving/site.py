@@ -32,6 +32,7 @@ RUNTIME = {  # what the page loads of onnxruntime-web 1.30.0, by where it runs, 
         "ort-wasm-simd-threaded.asyncify.wasm": "sha384-EPVDLTxuO663dkZO/pcKJF6vOyyfq/5z9FY1oksN0UWFX2ABH4wDDZQHeNoUleWR",
     },
 }
+FILES = {**RUNTIME["wasm"], **RUNTIME["webgpu"]}
 EXAMPLES, LEVELS, LOWEST = 10, 20, 0.05  # images, noise levels on the slider, and the lowest of them: below, nothing shows
 
 
@@ -45,9 +46,7 @@ def write(
     model's entry in the page's settings. Raises ValueError.
     """
     name = Path(dataset).resolve().name if Path(dataset).is_dir() else Path(dataset).name
-    model = folder / "page" / name
-    told, runtime = place(student, model), bring(assets, folder / "page")
-    shape = tuple(told["inputs"]["x"]["shape"][1:])
+    model, shape = folder / "page" / name, shape_of(student)
     if shape[0] not in (1, 3):
         raise ValueError(f"{student} makes {shape[0]} channels; what is shown and served is grey or RGB")
     images, labels = data.load(dataset, "test")
@@ -55,23 +54,39 @@ def write(
         raise ValueError(f"{student} makes images {shape}, {dataset}'s are {tuple(images.shape[1:])}; give its own --dataset")
     firsts = [] if labels is None else [int((labels == k).nonzero()[0]) for k in labels.unique()]  # one a class
     images = images[list(dict.fromkeys([*firsts, *range(len(images))]))[:EXAMPLES]]
-    levels = noise_grid(told)
     if teacher is None and pipeline.shipped(f"{name}_teacher").exists():
         teacher = f"{name}_teacher"
     walker = None if teacher is None else pipeline.load_teacher(str(teacher), shape)
+    if assets is not None:
+        check(assets)
+    told = place(student, model)
+    levels = noise_grid(told)
     entry = {"name": name, "shape": list(shape), "levels": levels, "examples": len(images), "sampling": told["sampling"]}
     entry |= {"file": told["file"], "teacher": walker and walker.hash(), "images": data.fingerprint(images)}
-    if not (model / "page.json").exists() or json.loads((model / "page.json").read_text()) != entry:
+    sizes = {"examples.bin": images.numel()} | ({"walks.bin": images.numel() * LEVELS * (LEVELS + 1) // 2} if walker else {})
+    whole = all((model / file).is_file() and (model / file).stat().st_size == size for file, size in sizes.items())
+    if not whole or not (model / "page.json").exists() or json.loads((model / "page.json").read_text()) != entry:
         write_atomically(model / "examples.bin", images.numpy().tofile)
         if walker is not None:
             write_atomically(model / "walks.bin", teacher_walks(walker, images, levels).numpy().tofile)
         write_json(model / "page.json", entry)
+    if assets is not None:
+        (folder / "page" / "runtime").mkdir(exist_ok=True)
+        for file in FILES:
+            shutil.copyfile(assets / file, folder / "page" / "runtime" / file)
     for path in PAGE.iterdir():
-        target = folder if path.name == "index.html" else folder / "page"
-        shutil.copyfile(path, target / path.name)
+        shutil.copyfile(path, (folder if path.name == "index.html" else folder / "page") / path.name)
     entries = [json.loads(path.read_text()) for path in sorted((folder / "page").glob("*/page.json"))]
+    runtime = CDN if assets is None else "runtime/"
     write_json(folder / "page" / "settings.json", {"runtime": runtime, "files": RUNTIME, "models": entries})
     return entry
+
+
+def shape_of(student: Path) -> tuple[int, ...]:
+    """[C,H,W] of the images that a checkpoint, or what `cmlib export --format onnx` wrote, makes."""
+    if student.is_dir():
+        return tuple(described(student)["inputs"]["x"]["shape"][1:])
+    return ConsistencyFunction.load(student).image_shape
 
 
 def place(student: Path, folder: Path) -> dict[str, Any]:
@@ -121,19 +136,13 @@ def described(folder: Path) -> dict[str, Any]:
     return told
 
 
-def bring(assets: Path | None, page: Path) -> str:
-    """Where the page finds onnxruntime-web: the CDN, or the copies of `assets`' files that this makes, checked."""
-    if assets is None:
-        return CDN
-    (page / "runtime").mkdir(parents=True, exist_ok=True)
-    for name, integrity in {**RUNTIME["wasm"], **RUNTIME["webgpu"]}.items():
+def check(assets: Path) -> None:
+    """Raises ValueError unless `assets` has the files of onnxruntime-web that the page loads."""
+    for name, integrity in FILES.items():
         if not (assets / name).is_file():
             raise ValueError(f"{assets} lacks {name}; it is in dist/ of what `npm pack onnxruntime-web@1.30.0` brings")
-        digest = hashlib.sha384((assets / name).read_bytes()).digest()
-        if integrity != "sha384-" + base64.b64encode(digest).decode():
+        if integrity != "sha384-" + base64.b64encode(hashlib.sha384((assets / name).read_bytes()).digest()).decode():
             raise ValueError(f"{assets / name} is not that of onnxruntime-web 1.30.0")
-        shutil.copyfile(assets / name, page / "runtime" / name)
-    return "runtime/"
 
 
 def noise_grid(told: dict[str, Any]) -> list[float]:

@@ -129,7 +129,8 @@ def test_images_are_python_s(page, evaluations):
 
 def test_a_jump_takes_less_than_100_ms(page):
     script = "async () => { const x = student.noise([0]), all = [];"
-    script += " for (let i = 0; i < 15; i++) all.push((await student.f(x, [80])).milliseconds); return Math.min(...all) }"
+    script += " for (let i = 0; i < 15; i++) all.push((await student.f(x, [80])).milliseconds);"
+    script += " return all.sort((a, b) => a - b)[7] }"
     assert page.evaluate(script) < 100
 
 

@@ -23,6 +23,7 @@ from cmlib.cache import PairCache
 from cmlib.process import DDPM
 from cmlib.teacher import Teacher
 from cmlib.unet import UNet
+from tests.faults.counts import fault
 from tests.small import UNET
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked, to import torch once")
@@ -132,8 +133,9 @@ def test_killed_at_a_random_moment_and_resumed_it_is_bit_identical(tmp_path, unb
             lasts *= 0.9  # it was faster than that
             continue
         killed += 1
-        assert build(folder, source).verify() == []
-        assert contents(folder) == unbroken[source]
+        with fault("kill -9: cache build"):
+            assert build(folder, source).verify() == []
+            assert contents(folder) == unbroken[source]
 
 
 def die_at(step: int) -> None:
@@ -162,7 +164,8 @@ def every_step(folder: Path, prepare: Callable[[Path], object], work: Callable[[
             assert step > 8
             return
         assert code == -signal.SIGKILL
-        yield mine
+        with fault("kill -9 at a step of writing"):
+            yield mine
 
 
 def test_killed_at_every_step_of_writing_a_build_resumes(tmp_path):
@@ -198,6 +201,7 @@ def test_killed_at_every_step_of_writing_a_refresh_is_finished_by_the_next(tmp_p
         assert contents(folder) == good[C]
 
 
+@fault("power cut: cache build")
 def test_the_bytes_reach_the_disk_before_their_name_and_the_name_before_the_next_file(tmp_path, monkeypatch):
     calls, replace = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "file"))
@@ -218,11 +222,13 @@ def test_builders_together_write_what_one_would(tmp_path, unbroken, source):
         for _ in range(3):
             pids.append(start(lambda folder=folder: build(folder, source)))
             time.sleep(stagger)
-        assert [wait(pid) for pid in pids] == [0, 0, 0]
-        assert contents(folder) == unbroken[source]
-        assert not list(folder.glob("group-*"))
+        with fault("builders together"):
+            assert [wait(pid) for pid in pids] == [0, 0, 0]
+            assert contents(folder) == unbroken[source]
+            assert not list(folder.glob("group-*"))
 
 
+@fault("builders together")
 def test_two_builders_share_the_work(tmp_path, monkeypatch):
     """Each shard is computed once. A slow teacher makes sure that both are at it at the same time."""
     step = Teacher.step
@@ -241,6 +247,7 @@ def test_two_builders_share_the_work(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("lock", ["group-00000.lock", "manifest.lock"])
+@fault("kill -9 of who holds a lock")
 def test_a_process_that_dies_holding_a_lock_blocks_nobody(tmp_path, unbroken, lock):
     folder = tmp_path / "c"
     build(folder)
@@ -268,9 +275,10 @@ def test_a_builder_killed_among_others_is_replaced(tmp_path, unbroken):
         pids = [start(lambda folder=folder: build(folder)) for _ in range(3)]
         until(lambda folder=folder: list(folder.glob("shard-*.pt")))
         os.kill(pids[k], signal.SIGKILL)
-        assert sum(wait(pid) == 0 for pid in pids) >= 2
-        build(folder)  # clears what the killed one left half-written, if nobody did
-        assert contents(folder) == unbroken["data"]
+        with fault("kill -9 of one of three builders"):
+            assert sum(wait(pid) == 0 for pid in pids) >= 2
+            build(folder)  # clears what the killed one left half-written, if nobody did
+            assert contents(folder) == unbroken["data"]
 
 
 # ---- no space, no permission
@@ -285,7 +293,7 @@ def test_a_failing_write_is_one_clear_error_and_loses_nothing(tmp_path, unbroken
             if next(calls) >= fail_at:
                 raise OSError(code, os.strerror(code))
 
-        with monkeypatch.context() as patch:
+        with fault(f"{errno.errorcode[code]}: cache build"), monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
             with pytest.raises(OSError, match=r"cannot write in .*what is finished is safe: mend that and run it") as error:
                 build(folder, source)
@@ -316,7 +324,10 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(small_disk, unbroken, 
     done = 0
     for size in (32, 44):  # nor is there anything to gain from a second try
         subprocess.run(["mount", "-o", f"remount,size={size}k", small_disk], check=True)
-        with pytest.raises(OSError, match=r"cannot write in .*cache \(No space left on device\); what is finished is safe"):
+        with (
+            fault("disk full: cache build"),
+            pytest.raises(OSError, match=r"cannot write in .*cache \(No space left on device\); what is finished is safe"),
+        ):
             build(folder, source)
         assert not list(folder.glob("*.tmp"))
         cache = PairCache(folder)
@@ -327,6 +338,7 @@ def test_a_full_disk_is_one_clear_error_and_loses_nothing(small_disk, unbroken, 
     assert contents(folder) == unbroken[source]
 
 
+@fault("disk full: cache refresh")
 def test_a_full_disk_during_a_refresh_loses_nothing(small_disk, tmp_path):
     subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
     folder = small_disk / "cache"
@@ -349,13 +361,14 @@ def test_a_read_only_folder_is_one_clear_error(small_disk, unbroken):
         lambda: build(small_disk / "cache"),
         PairCache(small_disk / "cache").refresh,
     ):
-        with pytest.raises(OSError, match=r"cannot write in .*\(Read-only file system") as error:
+        with fault("read-only disk"), pytest.raises(OSError, match=r"cannot write in .*\(Read-only file system") as error:
             write(*[B] * (write.__name__ == "refresh"))
         assert error.value.errno == errno.EROFS
     cache = PairCache.open(small_disk / "cache")  # reading needs no permission to write
     assert cache.verify() == [] and len(next(cache.loader(8))["t"]) == 8
 
 
+@fault("folder of somebody else")
 def test_a_folder_of_somebody_else_is_one_clear_error(tmp_path):
     """As another user, since root may write anywhere."""
     outside = Path(subprocess.check_output(["mktemp", "-d"], text=True).strip())  # others cannot enter tmp_path

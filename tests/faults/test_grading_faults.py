@@ -24,6 +24,7 @@ import build  # noqa: E402
 from cmlib.grader import grading, sandbox  # noqa: E402
 from cmlib.grader.sandbox import Limits  # noqa: E402
 from cmlib.grader.submissions import student_version  # noqa: E402
+from tests.faults.counts import fault  # noqa: E402
 
 SOURCE = """
 # %% locked="imports"
@@ -262,22 +263,25 @@ def test_what_was_handed_out_earns_nothing_and_waits_for_nobody(batch):
 )
 def test_each_is_reported_and_gets_what_it_earned(batch, name, earned, said):
     row = batch[0][name]
-    assert points(row) == earned and said in row["flags"], row
+    with fault(f"submission: {name}"):
+        assert points(row) == earned and said in row["flags"], row
 
 
 def test_what_cannot_be_graded_has_no_points_and_says_why(batch):
     for name, why in (("scribbler", "not a notebook that can be read"), ("poet", "not a notebook: poem.txt")):
         row = batch[0][name]
-        assert row["graded"] == "no" and row["total"] == "" and why in row["flags"]
+        with fault(f"submission: {name}"):
+            assert row["graded"] == "no" and row["total"] == "" and why in row["flags"]
 
 
 @needs_isolation
 def test_nobody_reaches_the_network_the_hidden_tests_or_other_folders(batch):
     rows, out, heard, _ = batch
-    assert not heard and points(rows["burglar"]) == ("2.0", "3.0")
     shown = (out / "autograded" / "burglar" / "tiny" / "tiny.ipynb").read_text()
-    assert "FOUND []" in shown and "WROTE /" not in shown
-    assert not any(p.exists() for p in (out.parent / "submissions" / "x", ROOT / "cmlib" / "x", Path.home() / "cmlib-x"))
+    with fault("submission: burglar"):
+        assert not heard and points(rows["burglar"]) == ("2.0", "3.0")
+        assert "FOUND []" in shown and "WROTE /" not in shown
+        assert not any(p.exists() for p in (out.parent / "submissions" / "x", ROOT / "cmlib" / "x", Path.home() / "cmlib-x"))
 
 
 def test_a_second_run_only_reads_what_the_first_has_done(batch):

@@ -104,10 +104,6 @@ class Bootstrapped(ABC):
 
     distance: Distance
 
-    def __post_init__(self) -> None:
-        if (steps := getattr(self, "steps", 1)) < 1:
-            raise ValueError(f"{type(self).__name__} needs the run's length, steps of at least 1, got {steps}")
-
     @abstractmethod
     def pairs(self, batch: dict, step: int, generator: Generator) -> Pairs:
         """x_t, t, x_r, r: two points of one (estimated) ODE path, r < t."""
@@ -235,7 +231,6 @@ class ECT(InverseGap):
     mu: float = 0.0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.q**-self.stages < 1e-6:
             raise ValueError(f"q = {self.q} and {self.stages} stages bring r to t within float32's rounding; lower one of them")
 

@@ -9,7 +9,7 @@
 #
 # **Goal.** The price of halving in numbers, two learning curves, and a test that says whether they are flat.
 #
-# **Time to run** {times}. Profile `rtx4070` is this recipe on CIFAR-10; nobody has timed it on that card yet. At ci training is a glimpse; argue from cpu or better. To write: about
+# **Time to run** {times}. Profile `rtx4070` is this recipe on CIFAR-10. At ci training is a glimpse; argue from cpu or better. To write: about
 # an hour and a half.
 #
 # **You need** lessons 2 and 3, and the first half of lesson 4.

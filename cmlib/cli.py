@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{metrics['seconds.command']:.0f} s, at most {metrics.get('memory.peak_mb', float('nan')):.0f} MB")
             if ranks.is_first():
                 told = {"protocol.seed": args.seed, "protocol.profile": profile.name}
-                write_json(args.out / "metrics.json", {**metrics, **told})
+                write_json(args.out / "metrics.json", {**told, **metrics})
         return 0
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"cmlib: {' '.join(str(error).split())}", file=sys.stderr)

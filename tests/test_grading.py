@@ -24,12 +24,13 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 import build  # noqa: E402
 
 from cmlib.cli import main  # noqa: E402
+from cmlib.course import persona4  # noqa: E402
 from cmlib.grader import gradebook, grading, sandbox  # noqa: E402
 from cmlib.grader.submissions import collect, exercises, merge, parse, published, recognise, similar, whose  # noqa: E402
 from cmlib.handin import FOLDER, SEED, HandIn, Work, seed_of  # noqa: E402
 from tests.faults.test_grading_faults import COPY, DOUBLE, GOOD, ORIGINAL, TOTAL, solved, stripped, write  # noqa: E402
 
-PERSONAS = exercises(ROOT / "notebooks" / "solutions")
+PERSONAS, FIRST = exercises(ROOT / "notebooks" / "solutions"), "01_curious_generalist"
 
 
 @pytest.fixture
@@ -61,6 +62,8 @@ def test_the_student_version_holds_neither_solution_nor_hidden_test(name):
     text = handed_out.read_text(encoding="utf-8")
     assert nbformat.read(handed_out, 4) == PERSONAS[name].student
     assert "HIDDEN" not in text and "BEGIN SOLUTION" not in text and '"outputs": [{' not in text
+    assert not re.search(r"plateaued|stable_denoised|BootstrapRegression", text), "an answer, imported for the learner"
+    assert "cmlib[" not in text, "nobody has published a package of this name"
     secret = "\n".join(c.source for c in PERSONAS[name].solved.cells)
     taken = [part.split("###" if "### END" in part else "<!--")[0] for part in secret.split("BEGIN SOLUTION")[1:]]
     taken += [part.split("###")[0] for part in secret.split("BEGIN HIDDEN TESTS")[1:]]
@@ -84,6 +87,73 @@ def test_as_handed_out_it_earns_nothing_and_the_solution_earns_all(name, monkeyp
         assert [grading.verdict(test, Work(123456, values)) == "" for test in tests.values()] == [right] * len(tests)
     other = [grading.verdict(test, Work(654321, values)) for test in tests.values()]
     assert all(other), "results of one seed are wrong for another"
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """`bench(exercise, answers, *cells)`: what these cells print after imports, start and `answers`, and their names."""
+    monkeypatch.setenv("CMLIB_PROFILE", "ci")
+    monkeypatch.setenv(SEED, "123456")
+
+    def run(exercise, answers, *cells):
+        sources = {c.metadata.nbgrader.grade_id: c.source for c in PERSONAS[exercise].student.cells if "nbgrader" in c.metadata}
+        space = {"learner": ""}
+        for text in (sources["imports"], sources["start"], answers, *(sources[name] for name in cells)):
+            exec(text, space)
+        return capsys.readouterr().out, space
+
+    return run
+
+
+def test_what_is_not_written_yet_is_told_and_raises_nothing(bench):
+    stubs = "noisy = jump = distance = spread = lambda *_: None"
+    out, space = bench(FIRST, stubs, "noisy_pictures", "reconstructions", "picture", "errors", "spreads")
+    assert out.count("not done yet") == 2 and not space["work"]
+    out, space = bench(FIRST, stubs + "\nnoisy = lambda x0, *_: x0", "noisy_pictures", "reconstructions", "picture")
+    assert out.count("not done yet") == 1 and list(space["work"]) == ["noisy_pictures"]
+
+
+@pytest.mark.parametrize(
+    "exercise, answers, cell",
+    [
+        (FIRST, "spread = lambda *_: 0.5; work['reconstructions'] = x0", "spreads"),
+        ("03_applied_engineer", "error_ratio = lambda *_: [1.0] * 5; work['exports'] = work['int8'] = ours[None]", "ratios"),
+        ("04_applied_researcher", "validation = lambda *_, **__: 0.1", "validation_mse"),
+        (
+            "05_theory_student",
+            "roughness = lambda *_: 0.1; updates = 1; t = torch.arange(1.0, 4.0); curves = dict.fromkeys('ab', [(t, t)])",
+            "table",
+        ),
+    ],
+)
+def test_an_answer_may_be_a_plain_number_or_a_list(bench, exercise, answers, cell):
+    bench(exercise, answers, cell)
+
+
+def test_what_no_check_sees_beforehand_is_judged_before_it_is_handed_in(bench):
+    out, _ = bench("02_cs_student", "work['fine'] = torch.zeros(3)", "rollouts_checked")
+    assert "✗ fine: expected rollouts of [1001] states" in out
+    wrong = "work['exports'] = torch.stack([ours, 1.01 * ours, ours]); models = dict.fromkeys('abc')"
+    out, _ = bench("03_applied_engineer", wrong, "moved")
+    assert "b: ‖Δ‖/‖f‖ = 1.0e-02, expected 1e-6 to 2e-3" in out
+
+
+def test_ect_and_sct_differ_in_one_thing():
+    (cell,) = (c.source for c in PERSONAS["06_frontier_researcher"].student.cells if "@locked experiment" in c.source)
+    assert '{"ECT": ECT(updates, 4), "SCT": SCT(updates, 4, smooth=False)}' in cell
+
+
+def test_the_ablations_teacher_is_where_the_data_are(monkeypatch):
+    moved, real = [], persona4.load_teacher
+
+    def elsewhere(name):
+        teacher = real(name)
+        teacher.to = lambda device: moved.append(device) or teacher
+        return teacher
+
+    monkeypatch.setattr(persona4, "load_teacher", elsewhere)
+    persona4.world()
+    assert moved == ["cpu"]
 
 
 def test_a_seed_is_the_learners_own_and_knows_no_capitals():
@@ -149,6 +219,19 @@ def test_a_zip_is_read_like_the_folder_that_was_zipped(tmp_path, tiny):
     write(tmp_path / "other" / "cara" / "my homework.ipynb", GOOD)
     (submission,) = collect(tmp_path / "other")
     assert recognise(submission, parse(submission.data), {"tiny": tiny}) == "tiny"
+
+
+def test_what_came_late_is_graded_and_says_so(tmp_path):
+    for name in ("perezana_LATE_1_2_tiny.ipynb", "benbo_3_4_tiny.ipynb"):
+        write(tmp_path / name, GOOD)
+    assert {s.learner: s.notes for s in collect(tmp_path)} == {"perezana_1": ["handed in late"], "benbo_3": []}
+
+
+def test_two_learners_never_become_one(tmp_path):
+    for name in ("O'Neill", "O_Neill"):
+        write(tmp_path / name / "tiny.ipynb", GOOD)
+    with pytest.raises(ValueError, match=r"\"O'Neill\" and 'O_Neill' would both be called 'O_Neill'; rename one"):
+        collect(tmp_path)
 
 
 def test_what_is_no_folder_of_submissions_is_one_line(tmp_path, capsys):
@@ -262,7 +345,7 @@ def test_an_answer_in_a_cell_of_its_own_below_counts(tmp_path, tiny):
 
 
 def test_the_published_answer_is_recognised():
-    exercise = PERSONAS["01_curious_generalist"]
+    exercise = PERSONAS[FIRST]
     assert published(exercise, exercise.student) == []
     assert published(exercise, exercise.solved) == ["explain_jump", "explain_numbers", "explain_limit"]
 
@@ -374,7 +457,7 @@ def test_deeply_nested_html_stays_text():
 def test_one_page_that_fails_stops_no_other(room, monkeypatch):
     source, out, grade, _ = room
     for learner in ("ana", "ben"):
-        write(source / learner / "tiny.ipynb", GOOD)
+        write(source / learner / "tiny.ipynb", GOOD, learner)
     real = gradebook.feedback
 
     def fails(out, result):
@@ -403,6 +486,62 @@ def test_odd_files_beside_a_graded_notebook_are_told(room):
         ben["auto"] == "5.0" and cara["graded"] == "no" and "a zip, unpack it there and grade again: work.zip" in cara["flags"]
     )
     assert {ROOT / "notebooks", ROOT / ".git", source, out, out.parent / "exercises"} <= set(ran[0])
+
+
+def test_why_a_line_counts_nothing_and_whose_outputs_these_are(room, monkeypatch):
+    source, out, grade, _ = room
+    six = {**GOOD, "double": "def double(x):\n    return torch.ones(6)"}
+    monkeypatch.setattr(gradebook, "feedback", lambda *_: None)
+    monkeypatch.setattr(grading, "tests", lambda _: {"doubled": "work['doubled'].view(5)", "summed": "work['summed']"})
+    for learner, answers, seed in (("ana", six, seed_of("tiny", "ana")), ("ben", {}, 5), ("cara", GOOD, 5)):
+        name = "" if learner == "ben" else learner
+        write(
+            source / learner / "tiny.ipynb", answers, name, change=lambda n, s=seed: n.cells[3].update(outputs=[seed_shown(s)])
+        )
+    assert grade() == 0
+    ana, ben, cara = (row["flags"] for row in table(out / "grades.csv"))
+    assert ana.startswith("doubled counts 0, as the value handed in could not be checked (RuntimeError: ") and ";" not in ana
+    assert ben == "no name is typed in; nothing was handed in for doubled, summed"
+    assert cara == "its outputs were made with another name than the one typed in"
+
+
+@pytest.mark.parametrize(
+    "answer, word",
+    [
+        ("converged = plateaued", "plateaued"),
+        ("def stable_step(x_t, t, r, reference):\n    return x_t - stable_denoised(x_t, t, reference)", "stable_denoised"),
+        ("def gamma(t, s):\n    return cmlib.stable.gamma(t, s)", "cmlib.stable.gamma"),
+    ],
+)
+def test_the_librarys_own_answer_is_a_mention(answer, word):
+    assert grading.READ_ME.findall(answer) == [word]
+
+
+def test_no_solution_is_a_mention():
+    answers = [c for e in PERSONAS.values() for c in e.solved.cells if c.metadata.get("nbgrader", {}).get("solution")]
+    assert not [c.source for c in answers if c.cell_type == "code" and grading.READ_ME.search(c.source)]
+
+
+def test_a_batch_that_was_stopped_goes_on(room, monkeypatch):
+    source, out, grade, ran = room
+    for learner in ("ana", "ben"):
+        write(source / learner / "tiny.ipynb", GOOD)
+    monkeypatch.setattr(gradebook, "feedback", lambda *_: None)
+    run = sandbox.run
+
+    def stopped(*arguments, **named):
+        if ran:
+            while not list((out / "state").glob("ana.*.json")):
+                time.sleep(0.05)
+            raise KeyboardInterrupt
+        return run(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox, "run", stopped)
+        assert grade() == 130 and len(ran) == 1
+    assert grade() == 0 and len(ran) == 2
+    assert [row["auto"] for row in table(out / "grades.csv")] == ["5.0", "5.0"]
+    assert json.loads((out / "metrics.json").read_text())["protocol.profile"] == "ci"
 
 
 def seed_shown(seed):

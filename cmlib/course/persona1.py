@@ -8,19 +8,19 @@ from torch import Tensor
 from cmlib import data
 from cmlib.checks import Exercise
 from cmlib.consistency import ConsistencyFunction
-from cmlib.ops import expand_like, indexed_normal
+from cmlib.ops import Network, expand_like, indexed_normal
 from cmlib.pipeline import load_teacher, shipped
 
 BANDS = [(20, 60), (140, 200), (300, 360), (480, 560), (850, 950)]  # a timestep is drawn from each
 
 
 def start(seed: int) -> tuple[Tensor, Tensor, list[int], list[float]]:
-    """A learner's picture [1,1,8,8] (held out), noise [2,5,1,8,8], five timesteps, and their noise levels σ."""
+    """A learner's picture [1,1,8,8] (held out), nine draws of noise [9,5,1,8,8], five timesteps, and their noise levels σ."""
     generator = torch.Generator().manual_seed(seed)
     held_out = data.load("digits", "test")[0]
     k = int(torch.randint(len(held_out), (), generator=generator))
     steps = [int(torch.randint(low, high, (), generator=generator)) for low, high in BANDS]
-    noise = indexed_normal(seed, range(10), (1, 8, 8)).reshape(2, 5, 1, 8, 8)
+    noise = indexed_normal(seed, range(45), (1, 8, 8)).reshape(9, 5, 1, 8, 8)
     levels = load_teacher("digits_teacher").process.sigma(torch.tensor(steps)).tolist()
     return data.to_float(held_out[k : k + 1]), noise, steps, levels
 
@@ -55,6 +55,11 @@ def _levels(x: Tensor, sigma: float) -> Tensor:
 
 def _rms(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).pow(2).flatten(1).mean(1).sqrt()
+
+
+def _spread(f: Network, x0: Tensor, sigma: float, first: Tensor, second: Tensor) -> Tensor:
+    a, b = (f(x0 + sigma * eps, _levels(x0, sigma)) for eps in (first, second))
+    return _rms(a, b)
 
 
 EXERCISES = {
@@ -101,6 +106,21 @@ EXERCISES = {
             "the mean is missing; you returned the length of the difference": lambda a, b: (a - b).flatten(1).norm(dim=1),
             "the mean of the squares, not of the absolute values": lambda a, b: (a - b).abs().flatten(1).mean(1),
             "errors of opposite sign must not cancel; square before you average": lambda a, b: (a - b).flatten(1).mean(1),
+        },
+    ),
+    "spread": Exercise(
+        _spread,
+        [(_network, _X[:1], sigma, _EPS[:1], _EPS[1:]) for sigma in _LEVELS],
+        {
+            "compare the reconstructions; you compared the noisy pictures": lambda f, x0, sigma, a, b: _rms(
+                x0 + sigma * a, x0 + sigma * b
+            ),
+            "compare the two with each other; you measured how far the first is from x0": lambda f, x0, sigma, a, b: _rms(
+                f(x0 + sigma * a, _levels(x0, sigma)), x0
+            ),
+            "both reconstructions come from the first draw; use the second, too": lambda f, x0, sigma, a, b: _spread(
+                f, x0, sigma, a, a
+            ),
         },
     ),
 }

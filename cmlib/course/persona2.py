@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,6 +76,10 @@ def _f(x: Tensor, t: Tensor) -> Tensor:
     return torch.tanh(x / expand_like(1 + t, x))
 
 
+def _differences(ends: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(end - ends[0]).pow(2).mean().sqrt() for end in ends[1:]])
+
+
 def _validation(f: Network, x_t: Tensor, t: Tensor, x_end: Tensor) -> Tensor:
     return mse(f(x_t, t), x_end).mean()
 
@@ -102,6 +107,20 @@ EXERCISES = {
                 torch.arange(k).flip(0)
             ),
             "a rollout goes from the noisiest timestep down; yours goes up": lambda T, k: _visited(T, k).flip(0),
+        },
+    ),
+    "differences": Exercise(
+        _differences,
+        [(tuple(_X),), (tuple(_X.flip(0)),)],
+        {
+            "each from the first, the finest; you compared neighbours": lambda ends: torch.stack(
+                [_differences(pair)[0] for pair in pairwise(ends)]
+            ),
+            "leave the first out; its distance to itself is 0": lambda ends: _differences([ends[0], *ends]),
+            "the root is missing; you returned the mean square": lambda ends: _differences(ends) ** 2,
+            "the mean is missing; you returned the length of the difference": lambda ends: (
+                _differences(ends) * ends[0].numel() ** 0.5
+            ),
         },
     ),
     "cost": Exercise(

@@ -22,8 +22,8 @@ BAR = 0.02  # the brief's
 
 
 def world() -> tuple[Teacher, ConsistencyFunction]:
-    """The teacher on the chain up to σ = SIGMA, and the student of the course, which jumps from there."""
-    teacher = load_teacher("digits_teacher")
+    """The teacher on the chain up to σ = SIGMA, and the student of the course, which jumps from there; both on the CPU."""
+    teacher = load_teacher("digits_teacher").to("cpu")
     teacher.process = DDPM(teacher.process.betas[: int(teacher.process.index(torch.tensor(SIGMA))) + 1])
     student = ConsistencyFunction.load(shipped("digits_student.safetensors"))
     student.sigma_max = SIGMA

@@ -33,10 +33,11 @@ from cmlib.handin import FOLDER, SEED, Work, seed_of
 
 LARGEST = 16_000_000  # bytes of a value
 ALIKE = 0.8  # share of common runs above which two submissions are flagged
+UNCHECKED = "the value handed in could not be checked"
 ONE_BY_ONE = threading.Lock()  # loading a model patches torch for all threads
 READ_ME = re.compile(
-    r"EXERCISES|\.reference\b|persona\d\._\w+|(?:from|import) cmlib\S*|CMLIB_GRADING|HandIn\b|os\._exit"
-    r"|\b(?:subprocess|socket|ctypes|gradebook)\b"
+    r"EXERCISES|\.reference\b|persona\d\._\w+|(?:(?:from|import) )?\bcmlib[\w.]*|CMLIB_GRADING|HandIn\b|os\._exit"
+    r"|\b(?:plateaued|stable_denoised|ScoreCorrected|BootstrapRegression|subprocess|socket|ctypes|gradebook)\b"
 )
 
 
@@ -67,7 +68,7 @@ def verdict(test: str, work: Work) -> str:
     except AssertionError as error:
         return str(error) or "not right"
     except Exception as error:
-        return f"the value handed in could not be checked ({type(error).__name__}: {error})"
+        return f"{UNCHECKED} ({type(error).__name__}: {error})"
     return ""
 
 
@@ -101,7 +102,8 @@ def grade_one(
     begin = time.monotonic()
     notebook, notes = merge(theirs, exercise)
     result = Result(submission.learner, exercise.name, notes=[*submission.notes, *notes], graded=True)
-    mine = "\n".join(c.source for c in theirs.cells if c.source not in {c.source for c in exercise.student.cells})
+    public = {c.source for c in exercise.student.cells}
+    mine = "\n".join(c.source for c in notebook.cells if "outputs" in c and c.source not in public)
     if words := sorted(set(READ_ME.findall(mine))):
         result.flags.append(f"mentions {', '.join(words)}: read it")
     if same := submissions.published(exercise, notebook):
@@ -131,17 +133,26 @@ def grade_one(
             told = late if error.ename == "KeyboardInterrupt" else told
             result.notes.append(f"run from top to bottom, cell {where} {told}")
         cell.outputs = cell.outputs or again.outputs  # what the learner saw, made with the learner's seed
-    work = Work(seed, handed)
-    for line, test in tests(exercise).items():
-        result.lines[line] = wrong = verdict(test, work)
-        if wrong and line in handed:
-            for name, learner in names.items():
-                if not verdict(test, Work(seed_of(exercise.name, name), handed)):
-                    whose = "the learner's own" if learner == submission.learner else f"{learner}'s"
-                    result.flags.append(f"{line} is hard-coded: it is right for {whose} seed, not for the grader's")
+    _judge(result, exercise, seed, handed, names)
     _write_graded(notebook, result, out)
     result.seconds = time.monotonic() - begin
     return result
+
+
+def _judge(result: Result, exercise: GradedExercise, seed: int, handed: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    """The verdict on every line that code grades, and what of it an instructor should look at."""
+    work, hidden_tests = Work(seed, handed), tests(exercise)
+    if missing := [line for line in hidden_tests if line not in handed]:
+        result.notes.append(f"nothing was handed in for {', '.join(missing)}")
+    for line, test in hidden_tests.items():
+        result.lines[line] = wrong = verdict(test, work)
+        if wrong.startswith(UNCHECKED):
+            result.flags.append(f"{line} counts 0, as {wrong}")
+        if wrong and line in handed:
+            for name, learner in names.items():
+                if not verdict(test, Work(seed_of(exercise.name, name), handed)):
+                    whose = "the learner's own" if learner == result.learner else f"{learner}'s"
+                    result.flags.append(f"{line} is hard-coded: it is right for {whose} seed, not for the grader's")
 
 
 def _executed(path: Path) -> list[NotebookNode]:
@@ -224,6 +235,7 @@ def grade(source: Path, folder: Path, out: Path) -> dict[str, Any]:
         "submissions.flagged": sum(bool(r.flags or r.notes) for r in results),
         "seconds.total": time.monotonic() - begin,
         "protocol.isolation": promise,
+        "protocol.profile": "ci",  # the submissions', whatever the grader's
     }
 
 
@@ -313,10 +325,15 @@ def _compare(read: dict, known: dict[str, GradedExercise], results: list[Result]
             by[learner, name].flags.append(f"{kind} like {others[0]}'s{more}")
         seeds = {learner: seed_of(name, typed(notebook)) for learner, notebook in mine.items() if typed(notebook)}
         for learner, notebook in mine.items():
+            own = seeds.get(learner)
             shown = {int(s) for c in notebook.cells for s in re.findall(r"seed (\d{1,10})\b", json.dumps(c.get("outputs", [])))}
             for other, seed in seeds.items():
-                if other != learner and seed == seeds.get(learner):
+                if other != learner and seed == own:
                     by[learner, name].flags.append(f"has the same name typed in as {other}")
                 elif other != learner and seed in shown:
                     by[learner, name].flags.append(f"shows outputs made with {other}'s seed")
+            if own is None:
+                by[learner, name].flags.append("no name is typed in")
+            elif shown and own not in shown:
+                by[learner, name].flags.append("its outputs were made with another name than the one typed in")
     return sorted(pairs, key=lambda p: -p["share"])

@@ -101,7 +101,8 @@ def _unshare(folder: Path, hidden: Sequence[Path]) -> list[str]:
 def _bare(folder: Path, hidden: Sequence[Path]) -> list[str]:
     if os.getuid() == 0:
         raise ValueError(
-            "root must not run submissions without bubblewrap or namespaces: be another user, or chmod -R a+rX the course"
+            "root must not run submissions without bubblewrap or namespaces, and their user must be able to read"
+            f" {sys.base_prefix}, {sys.prefix} and {ROOT}: be another user, use a Python outside /root, or install bubblewrap"
         )
     return []
 

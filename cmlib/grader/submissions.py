@@ -23,7 +23,7 @@ MARK = re.compile(r"@(answer|graded|locked) (\w+)")
 MODEL = re.compile(r"<!-- BEGIN SOLUTION -->(.*?)<!-- END SOLUTION -->", re.S)
 HIDDEN = re.compile(r"^### BEGIN HIDDEN TESTS\n(.*?)^### END HIDDEN TESTS", re.M | re.S)
 MOODLE = re.compile(r"(.+?_\d+)_assignsubmission_[a-z]+_(.*)")
-CANVAS = re.compile(r"([^_]+)(?:_LATE)?(_\d+)_\d+_(.+)")
+CANVAS = re.compile(r"([^_]+)(_LATE)?(_\d+)_\d+_(.+)")
 LARGEST, MOST, LONGEST = 20_000_000, 1_000, 200_000  # bytes, cells and written characters of a notebook
 SHOWN = ("text/plain", "text/markdown", "text/latex", "image/png", "image/jpeg")  # kinds of output that run nothing
 
@@ -64,7 +64,7 @@ def student_version(solved: NotebookNode) -> NotebookNode:
     try:
         from nbgrader import preprocessors as steps
     except ImportError as error:
-        raise ValueError("graded exercises need nbgrader: pip install 'cmlib[grade]'") from error
+        raise ValueError("graded exercises need nbgrader: pip install -e '.[grade]' in the course's folder") from error
     notebook = copy.deepcopy(solved)
     for step in (steps.ClearSolutions, steps.ClearHiddenTests, steps.ClearOutput, steps.LockCells, steps.ComputeChecksums):
         notebook, _ = step().preprocess(notebook, {})
@@ -112,10 +112,14 @@ def collect(source: Path) -> list[Submission]:
     found = [f for f in found if not any(part.startswith((".", "__MACOSX")) for part in f[0].parts)]
     while found and all(len(p.parts) > 2 for p, *_ in found) and len({p.parts[0] for p, *_ in found}) == 1:
         found = [(f[0].relative_to(f[0].parts[0]), *f[1:]) for f in found]  # the folder that was zipped
-    submissions = []
+    submissions, written = [], dict[str, str]()
     for path, size, order, data in found:
-        learner, name = whose(path)
+        (learner, name), theirs = whose(path), _split(path)[0]
+        if written.setdefault(learner, theirs) != theirs:
+            raise ValueError(f"{written[learner]!r} and {theirs!r} would both be called {learner!r}; rename one of them")
         submission = Submission(learner, name, data, order)
+        if len(path.parts) == 1 and (canvas := CANVAS.fullmatch(path.name)) and canvas[2]:
+            submission.notes.append("handed in late")
         if data is None:
             large = size > LARGEST and path.suffix == ".ipynb"
             other = "a zip, unpack it there and grade again" if path.suffix == ".zip" else "not a notebook"
@@ -131,18 +135,21 @@ def collect(source: Path) -> list[Submission]:
 
 def whose(path: Path) -> tuple[str, str]:
     """Learner and file name of a path inside the folder of submissions, with no letters that a table or a disk trips over."""
+    learner, name = _split(path)
+    short = re.sub(r"[^\w.@ -]+", "_", learner).encode()[:150].decode(errors="ignore")
+    return short.strip(" .@-") or "unnamed", re.sub(r"[^\w.@ ()-]+", "_", name)
+
+
+def _split(path: Path) -> tuple[str, str]:
     path = Path(unicodedata.normalize("NFC", str(path)))  # a Mac writes é as two letters
     first = path.parts[0]
     if found := MOODLE.fullmatch(first):
-        learner, name = found[1], found[2] if len(path.parts) == 1 else path.name
-    elif len(path.parts) > 1:
-        learner, name = first, path.name
-    elif found := CANVAS.fullmatch(first):
-        learner, name = found[1] + found[2], found[3]
-    else:
-        learner, name = path.stem, path.name
-    short = re.sub(r"[^\w.@ -]+", "_", learner).encode()[:150].decode(errors="ignore")
-    return short.strip(" .@-") or "unnamed", re.sub(r"[^\w.@ ()-]+", "_", name)
+        return found[1], found[2] if len(path.parts) == 1 else path.name
+    if len(path.parts) > 1:
+        return first, path.name
+    if found := CANVAS.fullmatch(first):
+        return found[1] + found[3], found[4]
+    return path.stem, path.name
 
 
 def recognise(submission: Submission, notebook: NotebookNode | None, known: dict[str, GradedExercise]) -> str:

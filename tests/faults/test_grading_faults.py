@@ -5,6 +5,7 @@ The hostile ones are bounded themselves: at most 150 processes, 2 GiB and a minu
 
 import contextlib
 import csv
+import shlex
 import shutil
 import socket
 import sys
@@ -245,6 +246,7 @@ def test_what_was_handed_out_earns_nothing_and_waits_for_nobody(batch):
 @pytest.mark.parametrize(
     "name, earned, said",
     [
+        ("handed out", ("0.0", "0.0"), "nothing was handed in for doubled, summed"),
         ("loop", ("0.0", "3.0"), "cell doubled ran longer than 30 s"),
         ("greedy", ("2.0", "3.0"), "MemoryError"),
         ("fork", ("0.0", "0.0"), "the run was stopped: "),
@@ -333,6 +335,29 @@ pathlib.Path("found").write_text("\\n".join(found))
             pytest.skip(f"no {name} here")
         assert not sandbox.run([sys.executable, "-c", look], Path(folder), Limits(), hidden, name=name)
         assert Path(folder, "found").read_text() == str(places[-1] / "text")
+
+
+@pytest.mark.parametrize(
+    "limit, command, why",
+    [
+        ({"wall": 0.5}, "sleep 30", "longer than 0.5 s"),
+        ({"cpu": 0.5}, "while :; do :; done", "0.5 s of processor time"),
+        ({"memory": 2**25}, f"{sys.executable} -c 'x = str(1) * 2**26; input()'", "0.03125 GiB of memory"),
+        ({"disk": 2**20}, "head -c 2000000 /dev/zero > tmp/x; sleep 30", "1 MiB"),
+    ],
+)
+def test_each_limit_ends_a_run(limit, command, why, tmp_path, monkeypatch):
+    monkeypatch.setitem(sandbox.LEVELS, "open", lambda folder, hidden: [])
+    pipe = f"sleep 30 | sh -c {shlex.quote(command)}"  # what reads, waits
+    assert why in sandbox.run(["sh", "-c", pipe], tmp_path / "f", Limits(**limit), name="open")
+
+
+def test_root_is_told_what_to_do_where_no_sandbox_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox.os, "getuid", lambda: 0)
+    with pytest.raises(
+        ValueError, match=f"able to read {sys.base_prefix}, .*use a Python outside /root, or install bubblewrap"
+    ):
+        sandbox.LEVELS["limits alone"](tmp_path, [])
 
 
 def test_empty_folders_count_as_written(tmp_path):

@@ -38,6 +38,10 @@ def test_static_rendering_has_every_figure_with_its_alternative_text(source):
     assert "No description has been provided" not in html
 
 
+def test_an_exercise_tells_of_the_profile_that_one_of_them_is_about():
+    assert "not measured yet at rtx4070" in build.times("02_cs_student") and "rtx4070" not in build.times("02_teacher")
+
+
 def test_the_readme_lists_the_lessons_as_they_are():
     text = build.README.read_text(encoding="utf-8")
     assert build.readme(covers=False) == text

@@ -9,7 +9,7 @@
 #
 # **Goal.** The price of halving in numbers, two learning curves, and a test that says whether they are flat.
 #
-# **Time to run** {times}. Profile `rtx4070` is this recipe on CIFAR-10; nobody has timed it on that card yet. At ci training is a glimpse; argue from cpu or better. To write: about
+# **Time to run** {times}. Profile `rtx4070` is this recipe on CIFAR-10. At ci training is a glimpse; argue from cpu or better. To write: about
 # an hour and a half.
 #
 # **You need** lessons 2 and 3, and the first half of lesson 4.
@@ -40,7 +40,7 @@ from cmlib.ops import indexed_normal
 from cmlib.pipeline import load_teacher, shipped
 from cmlib.profiles import small_unet
 from cmlib.recipes import first_student, largest_sigma
-from cmlib.train import fit, plateaued
+from cmlib.train import fit
 from cmlib.unet import UNet
 
 # %%
@@ -106,6 +106,12 @@ wrong = persona2.fault(*persona2.start(work.seed), work["coarse"], persona2.STEP
 assert not wrong, wrong
 ### END HIDDEN TESTS
 
+# %% locked="rollouts_checked"
+for name, steps in (("fine", persona2.STEPS[:1]), ("coarse", persona2.STEPS[1:])):
+    if name in work:
+        wrong = persona2.fault(teacher, noise, work[name], steps)
+        print(f"✗ {name}: {wrong}" if wrong else f"✓ {name}: right")
+
 # %% [markdown]
 # ## 2. What halving cost
 #
@@ -118,6 +124,8 @@ def differences(ends):
     return torch.stack([(end - ends[0]).pow(2).mean().sqrt() for end in ends[1:]])
     ### END SOLUTION
 
+
+check("p2.differences", differences);
 
 # %% grade="differences" points=2 about="how far the coarser rollouts end from the finest"
 if "fine" in work and "coarse" in work:
@@ -321,6 +329,8 @@ def all_flags():
 
 work.hand_in("converged", all_flags)
 ### BEGIN HIDDEN TESTS
+from cmlib.train import plateaued
+
 right = torch.tensor([float(plateaued(curve)) for curve in persona2.learning_curves(work.seed)])
 assert work.close("converged", right, 0), "some of these curves are judged wrong"
 ### END HIDDEN TESTS

@@ -211,7 +211,7 @@ if "smoothness" in work and "corrections" in work:
 # %% locked="table"
 rows = [f"| {updates} updates | roughness, seed by seed | mean | mean gap | gap at t < 0.5 |", "|---|---|---|---|---|"]
 for name, runs in curves.items():
-    rough = torch.stack([roughness(t, gap) for t, gap in runs])
+    rough = torch.tensor([float(roughness(t, gap)) for t, gap in runs])
     gaps, low = (torch.stack([gap[t < top].mean() for t, gap in runs]).mean() for top in (100, 0.5))
     rows.append(f"| {name} | {', '.join(f'{r:.3f}' for r in rough)} | {rough.mean():.3f} | {gaps:.3f} | {low:.4f} |")
 if curves:

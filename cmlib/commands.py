@@ -299,7 +299,7 @@ def export(args: Namespace, profile: Profile) -> Metrics:
     told = exporting.save(f, args.out, args.format, args.precision, images)
     found = parity.measure(f, exporting.load(args.out), held_out, args.seed)
     found |= {"size.megabytes": (args.out / told["file"]).stat().st_size / 1e6}
-    found |= {f"protocol.{k}": told[k] for k in ("format", "precision", "weights_sha256")}
+    found |= {f"protocol.{k}": told[k] for k in ("format", "precision", "weights_sha256")} | {"protocol.dataset": dataset}
     write_json(args.out / "parity.json", found)
     print(parity.table(found) + f"\n\n{args.out / told['file']}, metadata.json and parity.json beside it")
     if args.format == "diffusers":

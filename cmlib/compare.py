@@ -78,21 +78,26 @@ class Comparison:
         return first_student(objective, teacher, largest_sigma(teacher))
 
     def row(self, objective: str, seed: int, out: Path) -> dict[str, Any]:
-        """Train by `objective` and measure what came of it; what `out` already holds is reused."""
+        """Train by `objective` and measure what came of it; what `out` already holds is reused if it was made the same way."""
         profile, teacher, shape = self.profile, self.teacher, self.teacher.image_shape
         updates, cache, spent = self.budget // profile.batch_size, None, 0.0
-        student, batch = self.start(objective, seed), {"x0": data.to_float(self.images[:4]).to(teacher.device)}
+        student, images = self.start(objective, seed), None if objective == "endpoint-regression" else self.images
+        chosen, settings = recipe(objective, profile, updates, student, shape, teacher, images)
+        told = {"protocol": self.protocol, "recipe": f"{options(chosen)}, {settings}"}
+        begun, kept = out / "told.json", out / "row.json"
+        if not begun.exists() or json.loads(begun.read_text()) != told:
+            for made_otherwise in (kept, out / "checkpoint.pt"):
+                made_otherwise.unlink(missing_ok=True)
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(begun, told)
+        if kept.exists():
+            return json.loads(kept.read_text())
+        batch = {"x0": data.to_float(self.images[:4]).to(teacher.device)}
         if objective == "endpoint-regression":
             pairs, steps = self.budget // profile.rollout_steps * profile.rollout_steps, profile.rollout_steps
             how: dict[str, Any] = {"source": "rollout", "solver": "ddim", "steps": steps, "shape": shape, "batch_size": 500}
             cache = PairCache.build(out.parent / "cache", teacher, pairs, **how)
             spent, batch = float(pairs), {k: v.to(teacher.device) for k, v in next(cache.loader(4, seed)).items()}
-        images = None if cache else self.images
-        chosen, settings = recipe(objective, profile, updates, student, shape, teacher, images)
-        told = {"protocol": self.protocol, "recipe": f"{options(chosen)}, {settings}"}
-        kept = json.loads((out / "row.json").read_text()) if (out / "row.json").exists() else {}
-        if told == {key: kept.get(key) for key in told}:
-            return kept
         spent += self.budget * evaluations(chosen, student.to(teacher.device), teacher, batch)
 
         def measure(f: Any) -> dict[str, float]:
@@ -106,7 +111,6 @@ class Comparison:
         levels, gap = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps)
         error = evaluate.reconstruction_error(f, self.held_out[:64], teacher.process, profile.timesteps, seed, f.sigma_max)[1]
         row = {
-            **told,
             "objective": objective,
             "seed": seed,
             "fd_1": history[-1]["fd_1"],
@@ -117,8 +121,10 @@ class Comparison:
             "evaluations": spent,
             "seconds": history[-1]["seconds"],
             "curve": [[row["step"] * profile.batch_size, row["fd_1"]] for row in history],
+            "recipe": told["recipe"],
+            "made_with": {"cmlib": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
         }
-        write_json(out / "row.json", row)
+        write_json(kept, row)
         return row
 
 
@@ -131,8 +137,8 @@ def run(
     teacher: Teacher,
     out: Path,
 ) -> dict[str, Any]:
-    """Every objective under every seed: {"protocol", "made_with", "baselines", "rows"}. Finished rows are kept in `out`, so
-    the same call goes on where it was stopped."""
+    """Every objective under every seed: {"protocol", "baselines", "rows"}. Finished rows are kept in `out`, so the same
+    call goes on where it was stopped."""
     unknown = set(objectives) - set(OBJECTIVES[1:])  # pair regression jumps from noise to noise
     if unknown:
         raise ValueError(f"cannot compare {', '.join(sorted(unknown))}; choose among {', '.join(OBJECTIVES[1:])}")
@@ -148,10 +154,9 @@ def run(
         baselines.append(comparison.baselines(seed))
         for objective in objectives:
             row = comparison.row(objective, seed, out / f"{objective}-{seed}")
-            rows.append({k: v for k, v in row.items() if k != "protocol"})
+            rows.append(row)
             print(f"{objective}, seed {seed}: fd {row['fd_1']:.1f} at 1 evaluation, {row['fd_2']:.1f} at 2", flush=True)
-    made = {"cmlib": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    return {"protocol": comparison.protocol, "made_with": made, "baselines": baselines, "rows": rows}
+    return {"protocol": comparison.protocol, "baselines": baselines, "rows": rows}
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

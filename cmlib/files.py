@@ -81,12 +81,14 @@ def write_weights(path: Path, weights: dict[str, Any], kind: str, config: dict[s
 
 
 def read_weights(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration and tensors of such a file; the shipped ones have no checksum. Raises ValueError if a bit has changed."""
+    """Configuration and tensors of such a file. Raises ValueError where its checksum, which older files lack, differs."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
         config = json.loads((file.metadata() or {})[kind])
         weights = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (not a dict)
+    if not isinstance(config, dict):
+        raise ValueError("its header has no configuration")
     known = config.pop("sha256", None)
     if known is not None and known != hashlib.sha256(packed(weights, kind, config)).hexdigest():
         raise ValueError("a checksum differs")

@@ -52,11 +52,7 @@ def first_student(objective: str, teacher: Teacher, sigma_max: float) -> Any:
     rho = math.log(sigma_max / f.levels(2)[1]) / math.log(39 / 19)  # with σ_min = 0, the same second level as f's
     if objective == "meanflow":
         return MeanFlowFunction(FlowNetwork(with_one_more_channel(cast(UNet, f.net)), sigma_max), sigma_max, rho)
-    if objective in TUNING:
-        f = ConsistencyFunction(f.net, 0.0, sigma_max, f.sigma_data, rho)
-    if objective in ("scm", "scd"):
-        f.log_weight = AdaptiveWeight().to(teacher.device)
-    return f
+    return ConsistencyFunction(f.net, 0.0, sigma_max, f.sigma_data, rho) if objective in TUNING else f
 
 
 def stages(steps: int) -> int:
@@ -83,7 +79,7 @@ def recipe(
     images: Tensor | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The objective called `objective`, and the settings of `fit` that go with it: the papers' optimisers, PyTorch's
-    momenta, our step sizes."""
+    momenta, our step sizes. A student of sCM that has no weight w(t) yet gets one."""
     huber: Distance = partial(pseudo_huber, c=0.03 * math.prod(shape) ** 0.5)
     steps = updates or profile.distill_updates
     tuning: dict[str, Any] = {"steps": steps, "lr": 6e-4, "optimizer": "radam", "warmup": steps // 20}
@@ -109,6 +105,8 @@ def recipe(
     if objective == "meanflow":
         return MeanFlow(), tuning
     if objective in ("scm", "scd"):
+        if not hasattr(student, "log_weight"):
+            student.log_weight = AdaptiveWeight().to(device_of(student))
         return SCM(teacher if objective == "scd" else None, warmup=steps // 5), tuning
     if objective == "ict":
         return ICT(steps, EDM(student.sigma_min, student.sigma_max)), tuning

@@ -230,12 +230,13 @@ def build(source: Path, target: Path) -> None:
     """Execute at profile cpu and write the notebook."""
     notebook = assemble(source)
     target.parent.mkdir(exist_ok=True)
-    record(target.stem, "cpu", execute(notebook, target.parent, "cpu"))
-    problems = tidy(notebook)
-    new = assemble(source)  # its time may be new
-    if [c.source for c in notebook.cells if c.cell_type == "code"] != [c.source for c in new.cells if c.cell_type == "code"]:
+    before = source.read_bytes()
+    seconds = execute(notebook, target.parent, "cpu")
+    if source.read_bytes() != before:
         raise SystemExit(f"build: {source.name} was edited while it ran; run `make notebooks NB={where(source)}` again")
-    for cell, fresh in zip(notebook.cells, new.cells, strict=True):
+    record(target.stem, "cpu", seconds)
+    problems = tidy(notebook)
+    for cell, fresh in zip(notebook.cells, assemble(source).cells, strict=True):  # its time may be new
         cell.source, cell.id = fresh.source, fresh.id
     nbformat.write(notebook, target)
     write_release(source)

@@ -29,7 +29,7 @@ def test_forward_passes_an_image(objective, passes):
     assert not f.net._forward_hooks and not teacher.unet._forward_hooks
 
 
-def test_a_comparison_is_kept_row_by_row(tmp_path, capsys):
+def test_a_comparison_is_kept_row_by_row(tmp_path, capsys, monkeypatch):
     args = ["compare", "--profile", "ci", "--objectives", "endpoint-regression,ect", "--budget-images", "640", "--seeds", "2"]
     assert main([*args, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "compare.json").read_text())
@@ -46,6 +46,17 @@ def test_a_comparison_is_kept_row_by_row(tmp_path, capsys):
     rows = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/row.json")}
     assert len(rows) == 4 and main([*args, "--out", str(tmp_path)]) == 0
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("*/row.json")} == rows
+
+    def other_recipe(objective, *given):
+        chosen, settings = recipes.recipe(objective, *given)
+        return chosen, settings | ({"lr": 1e-4} if objective == "ect" else {})
+
+    for module in (compare, pipeline):
+        monkeypatch.setattr(module, "recipe", other_recipe)
+    assert main([*args, "--seeds", "1", "--out", str(tmp_path)]) == 0
+    kept, anew = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert kept == found["rows"][0]
+    assert anew["fd_1"] != found["rows"][1]["fd_1"] and "'lr': 0.0001" in anew["recipe"]
 
 
 def test_random_weights_start_worse_than_the_teachers(tmp_path):

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -28,9 +27,7 @@ from cmlib.train import fit
 from cmlib.unet import UNet
 from tests.small import UNET
 
-few = settings(
-    max_examples=int(os.environ.get("FZ", 12)), deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+few = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 TINY = replace(profiles.CI, name="tiny", widths=(8, 16), samples=20, timesteps=1, batch_size=8, distill_updates=1)
 
 

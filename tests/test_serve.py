@@ -534,6 +534,7 @@ def test_a_site_is_checked_before_it_is_written_and_mends_what_is_damaged(page, 
     whole = {path.name: path.read_bytes() for path in digits.iterdir()}
     (digits / "examples.bin").unlink()
     (digits / "walks.bin").write_bytes(whole["walks.bin"][:-1])
+    (digits / "page.json").write_bytes(whole["page.json"][:-9])
     (tmp_path / "ort.mjs").touch()
     monkeypatch.setattr(sites, "FILES", {"ort.mjs": "sha384-" + base64.b64encode(hashlib.sha384().digest()).decode()})
     assert main([*site, str(digits.parent.parent), "--assets", str(tmp_path)]) == 0

@@ -65,7 +65,7 @@ def write(
     entry |= {"file": told["file"], "teacher": walker and walker.hash(), "images": data.fingerprint(images)}
     sizes = {"examples.bin": images.numel()} | ({"walks.bin": images.numel() * LEVELS * (LEVELS + 1) // 2} if walker else {})
     whole = all((model / file).is_file() and (model / file).stat().st_size == size for file, size in sizes.items())
-    if not whole or not (model / "page.json").exists() or json.loads((model / "page.json").read_text()) != entry:
+    if not whole or _entry(model / "page.json") != entry:
         write_atomically(model / "examples.bin", images.numpy().tofile)
         if walker is not None:
             write_atomically(model / "walks.bin", teacher_walks(walker, images, levels).numpy().tofile)
@@ -76,10 +76,18 @@ def write(
             shutil.copyfile(assets / file, folder / "page" / "runtime" / file)
     for path in PAGE.iterdir():
         shutil.copyfile(path, (folder if path.name == "index.html" else folder / "page") / path.name)
-    entries = [json.loads(path.read_text()) for path in sorted((folder / "page").glob("*/page.json"))]
+    entries = [found for path in sorted((folder / "page").glob("*/page.json")) if (found := _entry(path))]
     runtime = CDN if assets is None else "runtime/"
     write_json(folder / "page" / "settings.json", {"runtime": runtime, "files": RUNTIME, "models": entries})
     return entry
+
+
+def _entry(page: Path) -> dict[str, Any]:
+    """A model's entry in the page's settings; empty where its file is missing or cut."""
+    try:
+        return json.loads(page.read_bytes())
+    except (OSError, ValueError):
+        return {}
 
 
 def shape_of(student: Path) -> tuple[int, ...]:

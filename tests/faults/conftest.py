@@ -1,4 +1,4 @@
-"""Every test here injects a fault, and the counts go with its report to the process that prints them."""
+"""The faults that a test injects go with its report to the process that prints them."""
 
 import pytest
 

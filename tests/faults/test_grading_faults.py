@@ -349,7 +349,8 @@ pathlib.Path("found").write_text("\\n".join(found))
 def test_each_limit_ends_a_run(limit, command, why, tmp_path, monkeypatch):
     monkeypatch.setitem(sandbox.LEVELS, "open", lambda folder, hidden: [])
     pipe = f"sleep 30 | sh -c {shlex.quote(command)}"  # what reads, waits
-    assert why in sandbox.run(["sh", "-c", pipe], tmp_path / "f", Limits(**limit), name="open")
+    with fault(f"beyond a limit: {next(iter(limit))}"):
+        assert why in sandbox.run(["sh", "-c", pipe], tmp_path / "f", Limits(**limit), name="open")
 
 
 def test_root_is_told_what_to_do_where_no_sandbox_starts(monkeypatch, tmp_path):

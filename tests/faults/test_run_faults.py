@@ -364,9 +364,11 @@ def test_two_builds_with_different_keys_in_one_folder(whole, tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on_from_there(whole, tmp_path):
+    if not Path("/proc").exists():
+        pytest.skip("needs /proc")
     here = fresh(whole, tmp_path, "distill")
     command = ["distill", "--objective", "endpoint-regression", "--cache", f"{here}/cache", "--teacher", f"{here}/first"]
-    command += ["--updates", "60", "--profile", "ci"]
+    command += ["--updates", "100", "--profile", "ci"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cmlib"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     assert cli.main([*command, "--out", f"{here}/one"]) == 0
@@ -384,7 +386,7 @@ def test_a_rank_that_dies_ends_the_run_and_one_process_goes_on_from_there(whole,
             ranks = Path(f"/proc/{both.pid}/task/{both.pid}/children").read_text().split()
             os.kill(int(ranks[dying]), signal.SIGKILL)
             assert both.wait(60) != 0  # torchrun ends the other one, too
-            assert torch.load(checkpoint, weights_only=True)["step"] in (15, 30, 45)
+            assert torch.load(checkpoint, weights_only=True)["step"] in (25, 50, 75)
             assert cli.main([*command, "--out", str(out), "--resume"]) == 0
             resumed = ConsistencyFunction.load(out / "student.pt")(x, t)
             torch.testing.assert_close(resumed, undisturbed, rtol=1e-4, atol=1e-4)  # the updates carry the rounding on

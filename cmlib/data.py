@@ -209,9 +209,7 @@ def stream(name: str, batch_size: int, seed: int = 0, start: int = 0) -> Iterato
 
     rank, world = ranks.here()
     if batch_size < 1 or batch_size % world:
-        raise ValueError(
-            f"a streamed batch of {batch_size} does not give each of {world} processes as many images, one at least"
-        )
+        raise ValueError(f"a streamed batch of {batch_size} cannot be shared equally by {world} processes")
     found = _open(name, "train", streaming=True)
     undecoded = found.part.cast_column(found.column, datasets.Image(decode=False))
     known = inspect.signature(undecoded.shuffle).parameters

@@ -51,7 +51,7 @@ test-colab:  ## the notebooks under Colab's versions, in an environment of its o
 	$(PYTHON) -m venv runs/colab
 	runs/colab/bin/pip install -q --disable-pip-version-check $(COLAB_TORCH)
 	grep -v ^torch constraints-colab.txt > runs/colab/constraints.txt
-	runs/colab/bin/pip install -q --disable-pip-version-check -c runs/colab/constraints.txt -r requirements.txt pytest pytest-xdist psutil
+	runs/colab/bin/pip install -q --disable-pip-version-check -c runs/colab/constraints.txt -r requirements.txt pytest pytest-xdist psutil onnx onnxruntime onnxscript
 	PYTHONPATH=. OMP_NUM_THREADS=1 runs/colab/bin/python -m pytest -n 2 --dist loadfile $(ARGS) notebooks tests/test_widgets.py
 
 notebooks: $(INSTALLED)  ## regenerate and execute all of them, or NB=01

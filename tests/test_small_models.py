@@ -1,0 +1,56 @@
+"""The script of the laptop's models, on forty grey squares: it ends, goes on where it was, and ships what the library loads."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import small_models as script  # noqa: E402
+from cmlib.consistency import ConsistencyFunction  # noqa: E402
+from cmlib.pipeline import load_teacher  # noqa: E402
+
+TINY = {"widths": (8, 8), "teacher_updates": 8, "batch_size": 8, "rollout_steps": 2, "pairs": 40}
+TINY |= {"endpoint_updates": 4, "distill_updates": 4, "samples": 10}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    rows = {"image": [Image.fromarray(p) for p in pixels], "label": [k % 10 for k in range(40)]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    folder = tmp_path / "sets" / "fashion_mnist"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    monkeypatch.setenv("CMLIB_DATASETS", str(tmp_path / "sets"))
+    monkeypatch.setattr(script, "LAPTOP", replace(script.LAPTOP, **TINY))
+    monkeypatch.setattr(script, "SEEDS", range(2))
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "RESULTS", tmp_path / "results" / "seeds.json")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(sys, "argv", ["small_models", "fashion_mnist"])
+    return tmp_path
+
+
+def test_it_ships_a_teacher_and_a_student_with_their_distances(world, capsys):
+    script.main()
+    table = capsys.readouterr().out
+    assert all(f"| {name} |" in table for name in ("training images drawn again", "teacher, DDIM-50", "student"))
+    teacher = load_teacher(str(world / "data" / "fashion_mnist_teacher"))
+    f = ConsistencyFunction.load(world / "data" / "fashion_mnist_student.safetensors")
+    told = json.loads((world / "data" / "fashion_mnist_student.json").read_text())
+    assert told["teacher"] == teacher.hash() and f.image_shape == teacher.image_shape == (1, 32, 32)
+    assert set(told["minutes_on_one_core"]) == {"teacher", "endpoint-regression", "consistency-distillation"}
+    found = (world / "results" / "small_fashion_mnist.json").read_text()
+    script.main()
+    assert (world / "results" / "small_fashion_mnist.json").read_text() == found, "a second call repeats nothing"

@@ -17,7 +17,7 @@ from cmlib.consistency import ConsistencyFunction  # noqa: E402
 from cmlib.pipeline import load_teacher  # noqa: E402
 
 TINY = {"widths": (8, 8), "teacher_updates": 8, "batch_size": 8, "rollout_steps": 2, "pairs": 40}
-TINY |= {"endpoint_updates": 4, "distill_updates": 4, "samples": 10}
+TINY |= {"endpoint_updates": 4, "distill_updates": 4, "samples": 16}
 
 
 @pytest.fixture

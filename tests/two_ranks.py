@@ -136,6 +136,7 @@ def everything(out: Path) -> dict[str, dict[str, torch.Tensor]]:
     teacher = make_teacher()
     cache = PairCache.build(out / "cache", teacher, 240, "rollout", solver="ddim", steps=5, shape=SHAPE, batch_size=8)
     pairs = PairCache.build(out / "images", teacher, 3000, "data", images, batch_size=100)
+    ranks.gathered(torch.zeros(1))  # neither refreshes before both have opened it
     pairs.refresh(make_teacher(1))
     start = warm_start(teacher, 20.0)  # once for all: fitting the time embedding costs more than the training
     recipes.warm_start = lambda teacher, sigma_max: copy.deepcopy(start)

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from cmlib import ranks
 from cmlib.consistency import EMA
+from cmlib.data import fingerprint
 from cmlib.files import intact, write_atomically
 from cmlib.unet import given
 
@@ -70,8 +71,7 @@ def options(objective: Any) -> str:
         elif isinstance(value, (bool, int, float, str, tuple)):
             parts.append(f"{field.name}={value!r}")
         elif isinstance(value, Tensor):
-            digest = hashlib.sha256(value.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-            parts.append(f"{field.name}={digest[:12]}")
+            parts.append(f"{field.name}={fingerprint(value.detach().cpu())}")
     return f"{type(objective).__name__}({', '.join(parts)})"
 
 

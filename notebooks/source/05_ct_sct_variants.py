@@ -769,7 +769,7 @@ assert worst < 1e-4
 # ## On images
 #
 # The same comparison on digits, from the teacher's weights, under one budget, is a command:
-# `cmlib compare --seeds 3 --budget-images 32000`. It takes an hour and a half on a laptop. This cell shows its result, where it
+# `cmlib compare --seeds 3 --budget-images 32000`. It takes hours on a laptop. This cell shows its result, where it
 # was run.
 
 # %%

@@ -91,12 +91,12 @@ LAPTOP = replace(  # images of 32×32 on two cores: hours, not minutes
     dataset="fashion_mnist",
     teacher="fashion_mnist_teacher",
     widths=(16, 32, 64, 96),  # narrow where the pixels are many
-    teacher_updates=6_000,
+    teacher_updates=5_000,
     solver="heun",
     rollout_steps=10,
-    pairs=60_000,
-    endpoint_updates=3_000,
-    distill_updates=500,
+    pairs=20_000,
+    endpoint_updates=2_500,
+    distill_updates=300,
 )
 T4 = Profile(
     name="t4",

@@ -1,14 +1,16 @@
 """Five open questions of consistency training, each a small study: what changes, against the same run without it.
 
-    python -m benchmarks.open_questions            # about an hour on one core; go on with the studies already kept
+    python -m benchmarks.open_questions            # about 40 minutes on one core; goes on with the studies already kept
     python -m benchmarks.open_questions spacing    # one of them
 
-Writes benchmarks/results/open_questions.json and a figure a study beside it. What a study can say is bound by its size: points
-in a few dimensions, or 8×8 digits from random weights, three seeds, minutes of training. A difference within the spread says
-nothing.
+Writes benchmarks/results/open_questions.json and a figure a study beside it; studies kept by other code or versions are made
+anew. What a study can say is bound by its size: points in a few dimensions, or 8×8 digits from random weights, three seeds,
+minutes of training. Runs of one seed share their start, batches and noise, so each is read against its own twin.
 """
 
 import json
+import math
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,16 +25,16 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from cmlib import data, evaluate, pipeline, plots
+from cmlib import __version__, data, evaluate, pipeline, plots
 from cmlib.compare import spread
-from cmlib.consistency import ConsistencyFunction
-from cmlib.files import write_json
+from cmlib.consistency import ConsistencyFunction, c_out, c_skip
+from cmlib.files import sha256, write_json
 from cmlib.objectives import ECT, SCT, both_branches
-from cmlib.ops import indexed_normal
+from cmlib.ops import expand_like, indexed_normal
 from cmlib.oracle import GaussianMixture
 from cmlib.pipeline import SAMPLING_SEED
 from cmlib.profiles import CPU
-from cmlib.recipes import largest_sigma
+from cmlib.recipes import first_student, largest_sigma
 from cmlib.train import fit
 from cmlib.unet import UNet
 from tests.small import seeded
@@ -41,6 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 SEEDS = 3
 
 # ---- spacing: does the best gap between the two points of a pair depend on the data's dimension?
+# The same triangle of means in every dimension and the same variance in all, 4 between the components and 0.5 within.
 
 DIMENSIONS, GAPS = (2, 8, 32), (1.0, 0.5, 0.25, 0.125, 0.0625, 0.03125)
 POINT_UPDATES, POINT_BATCH = 1500, 128
@@ -68,16 +71,18 @@ class Spaced(ECT):
 
 
 def spacing(seed: int) -> dict[str, list[float]]:
-    """‖f(z, 80) − truth‖/‖truth‖ of one jump, for each dimension and gap; three components at distance 2 from 0."""
+    """‖f(z, 80) − truth‖/‖truth‖ of one jump, for each dimension and gap."""
     found: dict[str, list[float]] = {}
     for d in DIMENSIONS:
-        mixture = GaussianMixture(2 * F.normalize(torch.randn(3, d, generator=seeded(d))), 0.5)
+        angles = torch.tensor([0.0, 2.0, 4.0]) * math.pi / 3
+        means = F.pad(2 * torch.stack([angles.cos(), angles.sin()], dim=1), (0, d - 2))
+        mixture = GaussianMixture(means, (0.5 / d) ** 0.5)
         z = 80.0 * torch.randn(2_000, d, generator=seeded(3))
         top = torch.full((2_000,), 80.0)
         truth = mixture.consistency(z, top)
         for gap in GAPS:
             torch.manual_seed(seed)
-            f: Any = ConsistencyFunction(Perceptron(d), 0.0, 80.0, sigma_data=1.0)
+            f: Any = ConsistencyFunction(Perceptron(d), 0.0, 80.0, sigma_data=(4.5 / d) ** 0.5)
             stream = partial(_points, mixture, seed)
             objective = Spaced(POINT_UPDATES, stages=1, q=gap)
             f, _ = fit(f, objective, stream, POINT_UPDATES, lr=1e-3, weight_decay=0.0, ema=0.99, seed=seed, name=f"{d}, {gap}")
@@ -106,7 +111,7 @@ def spacing_figure(runs: list[dict[str, list[float]]]) -> Figure:
     return figure
 
 
-# ---- four additions to SCT on digits from random weights: "what prevents drift in CT-only learners?", and a GAN's critic
+# ---- four additions to SCT on digits from random weights: do they help it on its way? Drift takes longer: `audit drift`
 
 UPDATES, BATCH, POINTS = 600, 64, 4
 
@@ -114,27 +119,31 @@ UPDATES, BATCH, POINTS = 600, 64, 4
 class Extra(SCT):
     """SCT plus a term of its own."""
 
-    def extra(self, f: Any, t: Tensor, r: Tensor, x0_hat: Tensor, x0: Tensor) -> Tensor:
-        """The term [B], right after f's pass at (x_t, t)."""
+    def extra(self, f: Any, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor, x0_hat: Tensor, x0: Tensor) -> Tensor:
+        """The term [B], right after f's passes at (x_r, r) and (x_t, t)."""
         raise NotImplementedError
 
     def __call__(self, f: Any, target: Any, batch: dict, step: int, generator: Any) -> tuple[Tensor, dict]:
         x_t, t, x_r, r = self.pairs(batch, step, generator)
         x0_hat, goal = both_branches(f, target, x_t, t, x_r, r)
-        return self.compare(x_t, t, x0_hat, x_r, r, goal) + self.extra(f, t, r, x0_hat, batch["x0"]), {"t": t}
+        loss = self.compare(x_t, t, x0_hat, x_r, r, goal)
+        return loss + self.extra(f, x_t, t, x_r, r, x0_hat, batch["x0"]), {"t": t}
 
 
 class AuxiliaryHead(Extra):
-    """A second head on the middle block, 0.1·‖h(x_t, t) − sg h(x_r, r)‖/(t − r); at r = 0 its goal is the 4×4 image."""
+    """A consistency function h of 4×4 images on the middle block, with f's boundary: 0.1·‖h(x_t, t) − sg h(x_r, r)‖/(t − r)."""
 
-    def extra(self, f: Any, t: Tensor, r: Tensor, x0_hat: Tensor, x0: Tensor) -> Tensor:
-        at_r, at_t = (f.net.auxiliary(state) for state in f.net.mid_block.resnets[1].states)
-        goal = torch.where((r > 0)[:, None, None, None], at_r.detach(), F.avg_pool2d(x0, 2))
-        return 0.1 * self.weight(t, r) * self.distance(at_t, goal)
+    def extra(self, f: Any, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor, x0_hat: Tensor, x0: Tensor) -> Tensor:
+        def h(x: Tensor, s: Tensor, state: Tensor) -> Tensor:
+            skip, out = c_skip(s, 0.0, f.sigma_data), c_out(s, 0.0, f.sigma_data)
+            return expand_like(skip, x) * F.avg_pool2d(x, 2) + expand_like(out, x) * f.net.auxiliary(state)
+
+        at_r, at_t = f.net.mid_block.resnets[1].states
+        return 0.1 * self.weight(t, r) * self.distance(h(x_t, t, at_t), h(x_r, r, at_r).detach())
 
 
 class Critic(Extra):
-    """A discriminator of f's images beside it, hinge loss and R1 penalty; f's term is 0.1·softplus(−D(f(x_t, t)))."""
+    """A discriminator of f's images beside it, hinge loss and R1 penalty; f's term is −0.1·D(f(x_t, t))."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,7 +151,7 @@ class Critic(Extra):
         self.critic = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, 1))
         self.optimizer = torch.optim.Adam(self.critic.parameters(), lr=2e-4, betas=(0.0, 0.99))
 
-    def extra(self, f: Any, t: Tensor, r: Tensor, x0_hat: Tensor, x0: Tensor) -> Tensor:
+    def extra(self, f: Any, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor, x0_hat: Tensor, x0: Tensor) -> Tensor:
         self.critic.requires_grad_(True)
         real = x0.detach().requires_grad_(True)
         scores = self.critic(real)
@@ -152,7 +161,7 @@ class Critic(Extra):
         (hinge + slope.pow(2).sum((1, 2, 3)).mean()).backward()
         self.optimizer.step()
         self.critic.requires_grad_(False)
-        return 0.1 * F.softplus(-self.critic(x0_hat)).flatten()
+        return -0.1 * self.critic(x0_hat).flatten()
 
 
 class Remembers(nn.Module):
@@ -191,7 +200,8 @@ class TimeAware(nn.Module):
         self.clock = [clock]  # in a list: not a part of this module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x + self.map(F.silu(self.clock[0].now))[:, :, None, None])
+        told = self.map(F.silu(self.clock[0].now))[:, :, None, None]
+        return self.attention(x + told) - told  # its residual without what the attention was told
 
 
 def auxiliary_head(net: Any) -> None:
@@ -222,7 +232,8 @@ ADDITIONS: dict[str, Study] = {
 
 
 def addition(name: str, seed: int) -> dict[str, list[float]]:
-    """fd_digits at one and two evaluations, and the gap of f along the teacher's paths, at POINTS points of training."""
+    """fd_digits at one and two evaluations, recall at one, and the gap of f along the teacher's paths up to its σ_max, at
+    POINTS points of training."""
     images, labels = data.load("digits")
     with tempfile.TemporaryDirectory() as folder:
         features = pipeline.Features.of("digits", Path(folder), images, labels, data.load("digits", "test"))
@@ -231,15 +242,20 @@ def addition(name: str, seed: int) -> dict[str, list[float]]:
     torch.manual_seed(seed)
     net = UNet.from_config(cast(UNet, teacher.unet).config)
     change(net)
-    f = ConsistencyFunction(net, 0.0, largest_sigma(teacher), 1.0)
-    found: dict[str, list[float]] = {"fd_1": [], "fd_2": [], "gap": []}
+    like = first_student("sct", teacher, largest_sigma(teacher))
+    f = ConsistencyFunction(net, 0.0, like.sigma_max, like.sigma_data, like.rho)
+    found: dict[str, list[float]] = {"fd_1": [], "fd_2": [], "recall": [], "gap": []}
 
     def measure(step: int, average: Any) -> None:
         with torch.no_grad():
+            drawn = [pipeline.draw(average, CPU.samples, k, teacher.image_shape, seed) for k in (1, 2)]
             for k in (1, 2):
-                found[f"fd_{k}"].append(features.distance(pipeline.draw(average, CPU.samples, k, teacher.image_shape, seed)))
+                found[f"fd_{k}"].append(features.distance(drawn[k - 1]))
+            seen = evaluate.features(features.classifier, drawn[0])
+            found["recall"].append(evaluate.precision_recall(features.reference, seen)[1])
             noise = indexed_normal(SAMPLING_SEED + seed, range(64), teacher.image_shape, 7)
-            found["gap"].append(float(evaluate.self_consistency_gap(average, teacher, noise, 30)[1].mean()))
+            levels, gap = evaluate.self_consistency_gap(average, teacher, noise, 30)
+            found["gap"].append(float(gap[levels <= f.sigma_max].mean()))
 
     stream = partial(data.batches, images, BATCH, seed)
     settings: dict[str, Any] = {"lr": 1e-3, "optimizer": "radam", "warmup": UPDATES // 20, "seed": seed, "name": label}
@@ -264,7 +280,7 @@ def addition_figure(name: str, plain: list[dict], runs: list[dict]) -> Figure:
     return figure
 
 
-def markdown(kept: dict[str, list]) -> str:
+def markdown(kept: dict[str, Any]) -> str:
     """Both tables: the error of one jump by gap and dimension, and each addition to SCT after the last update."""
     lines = ["| dimensions | " + " | ".join(f"gap {gap:g}" for gap in GAPS) + " |", "|---" * (1 + len(GAPS)) + "|"]
     for d in map(str, DIMENSIONS):
@@ -273,13 +289,15 @@ def markdown(kept: dict[str, list]) -> str:
         )
     lines += [
         "",
-        "| SCT on digits, from random weights | `fd_digits`, 1 evaluation | 2 evaluations | self-consistency gap |",
-        "|---|---|---|---|",
+        "| SCT on digits, from random weights | `fd_digits`, 1 evaluation | ÷ alone, seed by seed | 2 evaluations | recall"
+        " | self-consistency gap |",
+        "|---|---|---|---|---|---|",
     ]
     for name, (_, _, label) in ADDITIONS.items():
-        values = [
-            spread([run[key][-1] for run in kept[name]], digits) for key, digits in (("fd_1", 0), ("fd_2", 0), ("gap", 3))
-        ]
+        ratios = [run["fd_1"][-1] / twin["fd_1"][-1] for run, twin in zip(kept[name], kept["plain"], strict=True)]
+        measures = (("fd_1", 0), ("fd_2", 0), ("recall", 2), ("gap", 3))
+        values = [spread([run[key][-1] for run in kept[name]], digits) for key, digits in measures]
+        values.insert(1, "" if name == "plain" else f"{statistics.mean(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})")
         lines.append(f"| {'alone' if name == 'plain' else 'with ' + label} | {' | '.join(values)} |")
     seeds, updates = len(kept["plain"]), f"{POINT_UPDATES:,} updates of {POINT_BATCH} points, {UPDATES} of {BATCH} digits"
     return "\n".join([*lines, "", f"{updates}; {seeds} seed(s), mean ± half the range."])
@@ -287,7 +305,11 @@ def markdown(kept: dict[str, list]) -> str:
 
 def main(names: list[str]) -> None:
     path = RESULTS / "open_questions.json"
-    kept: dict[str, list] = json.loads(path.read_text()) if path.exists() else {}
+    versions = {"cmlib": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    made_with = {**versions, "code": sha256(Path(__file__))}
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if kept.get("made_with") != made_with:
+        kept = {"made_with": made_with}
     for seed in range(SEEDS):
         for name in names:
             if len(kept.setdefault(name, [])) == seed:
@@ -298,7 +320,7 @@ def main(names: list[str]) -> None:
             plots.save(spacing_figure(kept[name]), RESULTS / "open_spacing.png")
         elif name != "plain":
             plots.save(addition_figure(name, kept["plain"], kept[name]), RESULTS / f"open_{name}.png")
-    if set(kept) == {"spacing", *ADDITIONS}:
+    if set(kept) == {"made_with", "spacing", *ADDITIONS}:
         print(markdown(kept))
 
 

@@ -103,8 +103,10 @@ def teacher_eval(args: Namespace, profile: Profile) -> Metrics:
 
 
 def _dataset(args: Namespace, profile: Profile, shape: tuple[int, ...]) -> str:
-    """--dataset, or else the profile's, which goes by the machine; but the digits for a student of images as small."""
-    return "digits" if not args.dataset and shape == (1, 8, 8) else profile.dataset
+    """--dataset, or else the profile's, which goes by the machine; but for a student of other images the named set of them."""
+    known = {"digits": (1, 8, 8), **{name: source.shape for name, source in data.SETS.items()}}
+    fitting = [name for name, its in known.items() if its == shape]
+    return profile.dataset if args.dataset or profile.dataset in fitting or not fitting else fitting[0]
 
 
 def _samples(args: Namespace, profile: Profile, images: Tensor) -> int:

@@ -4,44 +4,64 @@
     python -m benchmarks.gpu_cifar10 run --data runs/gpu/cifar10.parquet --state runs/gpu/state --out results --minutes 9
     python -m benchmarks.gpu_cifar10 run --dry-run …          # every stage on a CPU, at sizes that mean nothing
 
-`run` does as many stages as the minutes allow, and the same command goes on from there: three calls of 9 minutes should do for
-an H100. `--state` holds the cache and a checkpoint of at most half a minute ago. What is worth keeping is copied to `--out`:
-weights in float16, metrics.json, curves.json, samples.png. Put those into `--state` on another machine, and no finished stage
-is repeated there. That machine needs no network, and neither diffusers nor datasets: torch, accelerate, safetensors, pyarrow,
-pillow, matplotlib, tqdm and filelock.
+`run` does as many stages as `--minutes` allow, and the same command goes on from there; in their last 150 seconds no stage
+begins. The teacher trains for 8 minutes and each student for 3 (`--teacher-minutes`, `--student-minutes`; a state keeps those
+that it began with, and refuses others), 17 in all. Compiling in every call, the cache, the distances and the latencies come on
+top: ten minutes, at a guess, as this has never run on a GPU.
+
+`--state` holds the cache and the checkpoints. As long as it survives, a call that is killed costs what came after the last
+checkpoint (one in half a minute), shard or distance; so it must not lie in a folder that is emptied or replaced between calls.
+What is worth keeping is copied to `--out`: weights in float16, metrics.json, curves.json, samples.png. Put those into `--state`
+on another machine, and no finished stage is repeated there; the cache, which distillation alone reads, is built again if
+need be. That machine needs no network, and neither diffusers nor datasets: torch, accelerate, safetensors, pyarrow, pillow,
+matplotlib, tqdm and filelock.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
-import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu_parts import distance_to, load_teacher, pack, save_student, save_teacher, table, unpack
+from benchmarks.gpu_parts import (
+    DRY,
+    Denoiser,
+    Sizes,
+    descend,
+    distance_to,
+    jump,
+    kept,
+    load_teacher,
+    pack,
+    providers,
+    save_student,
+    save_teacher,
+    speed,
+    table,
+    unpack,
+    walk,
+)
 from cmlib import data, export, formats, parity, plots
 from cmlib.cache import PairCache
-from cmlib.consistency import ConsistencyFunction, sample
-from cmlib.files import write_json
+from cmlib.consistency import ConsistencyFunction
+from cmlib.files import write_atomically, write_json
 from cmlib.objectives import SCT, Denoising
 from cmlib.ops import indexed_normal
 from cmlib.pipeline import SAMPLING_SEED, resampled
 from cmlib.process import DDPM
 from cmlib.profiles import T4, small_unet
 from cmlib.recipes import LEVELS, first_student, largest_sigma, recipe
-from cmlib.teacher import Teacher
 from cmlib.train import fit
 from cmlib.unet import UNet
 
@@ -49,41 +69,13 @@ Sampler = Callable[[list[Tensor]], Tensor]  # streams of noise -> images in [-1,
 
 SHAPE = (3, 32, 32)
 STUDENTS = {"cd": "consistency-distillation", "ect": "ect", "sct": "sct"}
+HALVES = ("ect", "sct")  # trained in fp16 with a loss scale: t − r goes down to t/256, and bf16 rounds at 2⁻⁹
 EVALUATIONS = (1, 2, 4)
-TEACHER_MINUTES, STUDENT_MINUTES = 8, 3  # of training; how many updates that is follows from a measured pace
-CHECKPOINT, LAST = 30, 60  # seconds between checkpoints; those at the end of a run in which no stage begins
-# dense bf16 TFLOP/s, from the data sheets
-PEAK = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121}
+CHECKPOINT, LAST = 30, 150  # seconds between checkpoints; those at a call's end in which no stage begins, as it would compile
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How large everything is."""
-
-    widths: tuple[int, ...] = (64, 128, 128)  # 6.5 million parameters, 13 MB in float16
-    layers: int = 2
-    groups: int = 32
-    batch: int = 512
-    pairs: int = 200_000
-    samples: int = 50_000
-    few: int = 5_000  # samples for a point of the curve
-    steps: int = 25  # of Heun, the teacher at its best
-    probe: int = 20  # updates that measure the pace
-    updates: int = 0  # instead of those that the minutes hold
-
-
-DRY = Sizes((8, 16), 1, 4, 4, 16, 8, 4, 2, 1, 8)
-
-
-class Denoiser(nn.Module):
-    """ε(x, n) with the network inside and n a float, as a student has it: so both train by one compiled graph."""
-
-    def __init__(self, net: UNet):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor, n: Tensor) -> Tensor:
-        return self.net(x, n.float())
+class TimeUp(Exception):
+    """The minutes ended inside a stage that goes on from there."""
 
 
 class Run:
@@ -91,6 +83,7 @@ class Run:
 
     def __init__(self, path: Path, state: Path, out: Path, minutes: float, sizes: Sizes):
         self.deadline = time.monotonic() + 60 * minutes
+        self.stage, self.began = "", 0.0  # the one that runs, and when it would have begun had it run without a break
         self.state, self.out, self.sizes = state, out, sizes
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.compiler = "inductor" if self.device.type == "cuda" else "eager"
@@ -99,7 +92,7 @@ class Run:
         self.images = unpack(path)
         self.pixels = self.images.to(self.device)
         self.metrics, self.curves = (kept(state / f"{name}.json") for name in ("metrics", "curves"))
-        self.features, features = distance_to(self.images, self.device, untrained=sizes == DRY)
+        self.features, features = distance_to(self.images, self.device, untrained=sizes.updates > 0)
         fixed = {
             "protocol.sizes": repr(sizes),
             "protocol.reference": f"{len(self.images)} training images, fingerprint {data.fingerprint(self.images)}",
@@ -114,7 +107,9 @@ class Run:
             "protocol.rounding": "float [-1, 1] -> uint8, rounded",
             "protocol.weights": "EMA, rounded to float16",
             "protocol.sampling": "bf16 autocast, network compiled",
-            "protocol.teacher": f"fd.teacher: Heun, {sizes.steps} steps, {2 * sizes.steps - 1} evaluations; fd.teacher_k: DDIM",
+            "protocol.training": f"bf16 autocast; {' and '.join(HALVES)} fp16 autocast with a loss scale, on a CPU fp32",
+            "protocol.teacher": f"fd.teacher: Heun, {sizes.steps} steps, {2 * sizes.steps - 1} evaluations; "
+            "fd.teacher_k: DDIM from the students' σ_max, k equal steps of the chain's index",
             "protocol.flops": "torch.utils.flop_counter's of a forward pass, times 3, or 4 with a student's target",
             "protocol.gpu": torch.cuda.get_device_name() if self.device.type == "cuda" else "none",
             "protocol.torch": torch.__version__,
@@ -148,16 +143,18 @@ class Run:
     def samplers(self, name: str) -> dict[str, Sampler]:
         """The teacher at few evaluations and at its best, or a student at few."""
         f = self.load(name)
-        few: Any = partial(jump, f) if name != "teacher" else partial(walk, f, "ddim")
+        few: Any = partial(descend if name == "teacher" else jump, f)
         found: dict[str, Sampler] = {f"{name}_{k}": partial(few, k) for k in EVALUATIONS}
-        return found | ({"teacher": partial(walk, f, "heun", self.sizes.steps)} if name == "teacher" else {})
+        return found | ({"teacher": partial(walk, f, self.sizes.steps)} if name == "teacher" else {})
 
     def evaluated(self, name: str) -> bool:
-        """Each sampler's distance, once; beside the teacher's that of the training images themselves."""
+        """Each sampler's distance, once, the training images' own beside the teacher's; False where this call ends before."""
         if name == "teacher":
             self.metrics["fd.training_images_drawn_again"] = self.features(resampled(self.images, self.sizes.samples, 0))
         for key, sampler in self.samplers(name).items():
             if f"fd.{key}" not in self.metrics:
+                if self.late(LAST):
+                    return False
                 began = time.monotonic()
                 images = self.draw(sampler, self.sizes.samples)
                 self.metrics[f"samples_per_second.{key}"] = round(len(images) / (time.monotonic() - began), 1)
@@ -166,24 +163,33 @@ class Run:
         return True
 
     def keep(self) -> None:
-        """Write the numbers, and copy what is worth keeping."""
+        """Write the numbers, with the seconds of the stage that runs, and copy what is worth keeping."""
+        if self.stage:
+            self.metrics[f"seconds.{self.stage}"] = round(time.monotonic() - self.began, 1)
         write_json(self.state / "curves.json", self.curves)
         write_json(self.state / "metrics.json", self.metrics)
         for kind in ("safetensors", "json", "png"):
             for path in self.state.glob(f"*.{kind}"):
-                shutil.copyfile(path, self.out / path.name)
+                write_atomically(self.out / path.name, lambda file, path=path: file.write(path.read_bytes()))
 
     # ---- training
 
-    def late(self, history: Any = None, seconds: float = CHECKPOINT + 5) -> bool:
-        """Whether the minutes end before another checkpoint would come."""
+    def late(self, seconds: float) -> bool:
+        """Whether the minutes end before so many seconds have passed."""
         return time.monotonic() + seconds > self.deadline
 
+    def in_time(self, *_: Any) -> None:
+        """Before a forward pass: raises TimeUp where the minutes end."""
+        if self.late(5):
+            raise TimeUp
+
     def train(self, name: str, model: Any, make: Callable[[int], Any], batches: Any, watch: Any = None) -> bool:
-        """Keep the EMA of `model` after as many updates as its minutes hold; False where this run ends before them."""
-        teacher = (3, TEACHER_MINUTES, save_teacher)  # passes, the backward one counting two; a student's target is the fourth
-        passes, minutes, save = teacher if name == "teacher" else (4, STUDENT_MINUTES, save_student)
-        common: dict[str, Any] = {"precision": "bf16", "compiler": self.compiler, "name": name}
+        """Keep the EMA of `model` after as many updates as its minutes hold; False where this call ends before them."""
+        passes, minutes, save = 4, self.sizes.student_minutes, save_student  # the backward pass counts two, a target's is one
+        if name == "teacher":
+            passes, minutes, save = 3, self.sizes.teacher_minutes, save_teacher
+        precision = "fp16" if name in HALVES else "bf16"
+        common: dict[str, Any] = {"precision": precision, "compiler": self.compiler, "name": name}
         model = model.to(self.device, memory_format=torch.channels_last)
         if f"{name}.updates" not in self.metrics:
             ticks: list[float] = []
@@ -197,17 +203,16 @@ class Run:
         steps, every = self.metrics[f"{name}.updates"], self.metrics[f"{name}.every"]
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             copy.deepcopy(model.net)(torch.zeros(1, *SHAPE, device=self.device), torch.ones(1, device=self.device))
+
+        def stop(history: list[dict[str, float]]) -> bool:  # after each checkpoint
+            self.curves[name] = history
+            self.keep()
+            return self.late(CHECKPOINT + 5)
+
         objective, settings = make(steps)
-        common |= {"folder": self.state / name, "resume": True, "every": every, "on_every": watch, "stop": self.late}
+        common |= {"folder": self.state / name, "resume": True, "every": every, "on_every": watch, "stop": stop}
         average, history = fit(model, objective, batches, **settings, **common)
-        self.curves[name] = history
-        intervals = [(b["step"] - a["step"], b["seconds"] - a["seconds"]) for a, b in zip(history, history[1:], strict=False)]
-        if rates := [updates / seconds for updates, seconds in intervals if seconds > 0]:
-            flops = passes * counter.get_total_flops()
-            speed = self.sizes.batch * statistics.median(rates)
-            self.metrics |= {f"{name}.images_per_second": round(speed, 1), f"{name}.gflop_per_image": flops / 1e9}
-            if peak := next((v for k, v in PEAK.items() if k in self.metrics["protocol.gpu"]), None):
-                self.metrics |= {"protocol.peak_bf16_tflops": peak, f"{name}.mfu": speed * flops / (peak * 1e12)}
+        self.metrics |= speed(name, history, self.sizes.batch, passes * counter.get_total_flops(), self.metrics["protocol.gpu"])
         if done := history[-1]["step"] == steps:
             save(average, self.state / f"{name}.safetensors")
         return done
@@ -231,8 +236,9 @@ class Run:
         return self.train("teacher", Denoiser(UNet(**config)), make, batches)
 
     def cache(self) -> PairCache:
-        """Training images at a uniform level and one Heun step of the teacher from there; not built again where it is."""
+        """Training images at a uniform level and one Heun step of the teacher from there; goes on where it stopped."""
         teacher = load_teacher(self.state / "teacher.safetensors").to(self.device)
+        teacher.unet.register_forward_pre_hook(self.in_time)
         step: dict[str, Any] = {"solver": "heun", "delta": teacher.process.T // LEVELS}
         return PairCache.build(self.state / "cache", teacher, self.sizes.pairs, images=self.images, batch_size=500, **step)
 
@@ -268,7 +274,7 @@ class Run:
             try:
                 export.save(f.to("cpu" if format == "onnx" else self.device), self.state / format, format, precision)
                 functions[format] = export.load(self.state / format)
-                told += f"; {format} in {precision}"
+                told += f"; {format} in {precision}" + (f" on {providers(functions[format])}" if format == "onnx" else "")
             except Exception as error:  # an engine that is not here, or fails, costs its own row alone
                 told += f"; no {format} ({type(error).__name__}: {error})".splitlines()[0]
         self.metrics |= parity.latency(functions, f, (1,)) | {"protocol.latency": told}
@@ -293,31 +299,22 @@ class Run:
         for name, work in stages.items():
             if self.metrics.get(f"done.{name}"):
                 continue
-            if self.late(seconds=LAST):
+            if self.late(LAST):
                 return False
             print(f"{name} …", flush=True)
-            began, done = time.monotonic(), bool(work())
-            seconds = self.metrics.get(f"seconds.{name}", 0) + time.monotonic() - began
-            self.metrics |= {f"seconds.{name}": round(seconds, 1), f"done.{name}": int(done)}
-            if self.device.type == "cuda":
-                self.metrics[f"gpu_gb.{name}"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-                torch.cuda.reset_peak_memory_stats()
-            self.keep()
+            done, self.stage, self.began = False, name, time.monotonic() - self.metrics.get(f"seconds.{name}", 0)
+            try:
+                with suppress(TimeUp):
+                    done = bool(work())
+            finally:  # what fails has taken its time, too
+                self.metrics[f"done.{name}"] = int(done)
+                if self.device.type == "cuda":
+                    self.metrics[f"gpu_gb.{name}"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                    torch.cuda.reset_peak_memory_stats()
+                self.keep()
             if not done:
                 return False
         return True
-
-
-def kept(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_bytes()) if path.exists() else {}
-
-
-def jump(f: ConsistencyFunction, evaluations: int, noise: list[Tensor]) -> Tensor:
-    return sample(f, noise[:evaluations], f.levels(evaluations), f.sigma_min)
-
-
-def walk(teacher: Teacher, solver: str, steps: int, noise: list[Tensor]) -> Tensor:
-    return teacher.sample(noise[0], steps, solver)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -328,6 +325,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in ("--data", "--state", "--out"):
         p.add_argument(name, type=Path, required=True)
     p.add_argument("--minutes", type=float, default=9)
+    p.add_argument("--teacher-minutes", type=float, default=Sizes.teacher_minutes)
+    p.add_argument("--student-minutes", type=float, default=Sizes.student_minutes)
     p.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(arguments)
     try:
@@ -336,7 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
             return 0
         torch._dynamo.config.recompile_limit = 64  # training, its target and sampling are graphs of one function
-        run = Run(args.data, args.state, args.out, args.minutes, DRY if args.dry_run else Sizes())
+        minutes = {"teacher_minutes": args.teacher_minutes, "student_minutes": args.student_minutes}
+        run = Run(args.data, args.state, args.out, args.minutes, replace(DRY if args.dry_run else Sizes(), **minutes))
         done = run.go()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ Writes data/NAME_teacher/, data/NAME_student.safetensors, their provenance, benc
 """
 
 import argparse
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,20 +66,30 @@ def measure(name: str, teacher: Teacher, student: ConsistencyFunction, out: Path
     made = {"training_images": again, **protocol.generators(student, teacher, n)}
     key = [teacher.hash(), sha256(ROOT / "data" / f"{name}_student.safetensors"), n]
     found, _ = protocol.measured(made, SEEDS, features, None, key, out)
+    ways = {
+        "teacher_ddim50": lambda: pipeline.draw_teacher(teacher, 48, 50, "ddim", student.image_shape, 0),
+        "student_1": lambda: pipeline.draw(student, 48, 1, student.image_shape, 0),
+        "student_2": lambda: pipeline.draw(student, 48, 2, student.image_shape, 0),
+    }
+    drawn = {}
+    for key, way in ways.items():
+        began = time.monotonic()
+        drawn[key] = way()
+        found[f"ms_an_image.{key}"] = 1000 * (time.monotonic() - began) / 48
     sheets = {
         "training images": images[:48],
-        "teacher, DDIM-50": pipeline.draw_teacher(teacher, 48, 50, "ddim", student.image_shape, 0),
-        "student, 1 evaluation": pipeline.draw(student, 48, 1, student.image_shape, 0),
-        "student, 2 evaluations": pipeline.draw(student, 48, 2, student.image_shape, 0),
+        "teacher, DDIM-50": drawn["teacher_ddim50"],
+        "student, 1 evaluation": drawn["student_1"],
+        "student, 2 evaluations": drawn["student_2"],
     }
     plots.save(plots.samples({k: data.to_float(v) for k, v in sheets.items()}), RESULTS.parent / f"small_{name}.png")
     return {**found, **features.protocol, "protocol.n": n, "protocol.seeds": len(SEEDS)}
 
 
 def markdown(name: str, found: dict[str, Any]) -> str:
-    """The distances as a table."""
+    """The distances as a table, and what a batch of 48 takes."""
     fd = f"fd_{name}"
-    lines = [f"| generator | evaluations | `{fd}` | precision | recall |", "|---|---|---|---|---|"]
+    lines = [f"| generator | evaluations | `{fd}` | precision | recall | ms an image |", "|---|---|---|---|---|---|"]
     rows = {
         "training_images": ("training images drawn again", ""),
         "teacher_ddim50": ("teacher, DDIM-50", 50),
@@ -88,8 +99,11 @@ def markdown(name: str, found: dict[str, Any]) -> str:
     for key, (label, evaluations) in rows.items():
         distance = f"{found[f'{fd}.{key}']:.1f} ± {found[f'{fd}.{key}_spread']:.1f}"
         quality = " | ".join(f"{found[f'{metric}.{key}']:.2f}" for metric in ("precision", "recall"))
-        lines.append(f"| {label} | {evaluations} | {distance} | {quality} |")
-    return "\n".join([*lines, "", f"N = {found['protocol.n']}, {found['protocol.seeds']} seeds, mean ± half the range."])
+        ms = f"{found[f'ms_an_image.{key}']:.1f}" if evaluations else ""
+        lines.append(f"| {label} | {evaluations} | {distance} | {quality} | {ms} |")
+    minutes = ", ".join(f"{stage} {m:.0f}" for stage, m in found["protocol.minutes"].items())
+    n = f"N = {found['protocol.n']}, {found['protocol.seeds']} seeds, mean ± half the range"
+    return "\n".join([*lines, "", f"{n}; {found['protocol.threads']} thread(s). Minutes of training: {minutes}."])
 
 
 def main() -> None:
@@ -98,13 +112,15 @@ def main() -> None:
     name = parser.parse_args().dataset
     out, command = ROOT / "runs" / f"small_{name}", f"python -m benchmarks.small_models {name}"
     teacher, student, minutes = train(name, out)
+    threads = torch.get_num_threads()
     folder, weights = ROOT / "data" / f"{name}_teacher", ROOT / "data" / f"{name}_student.safetensors"
     teacher.save_pretrained(folder)
     student.save(weights)
     images = data.load(name)[0]
     common = {"command": command, "images": f"{len(images)} of the train split; fingerprint {data.fingerprint(images)}"}
     common |= {
-        "minutes_on_one_core": minutes,
+        "minutes_of_training": minutes,
+        "threads": threads,
         "batch_size": LAPTOP.batch_size,
         "precision": "bf16",
         "seed": 0,
@@ -112,9 +128,10 @@ def main() -> None:
     }
     told = {"what": f"DDPM of {name}, ε-prediction, linear schedule, T = 1000", "updates": LAPTOP.teacher_updates}
     write_json(folder / "provenance.json", {**told, "hash": teacher.hash(), **common})
-    told = {"what": f"consistency model of {name}, distilled from {name}_teacher", "teacher": teacher.hash()}
+    sizes = {key: getattr(LAPTOP, key) for key in ("solver", "rollout_steps", "pairs", "endpoint_updates", "distill_updates")}
+    told = {"what": f"consistency model of {name}, distilled from {name}_teacher", "teacher": teacher.hash(), **sizes}
     write_json(weights.with_suffix(".json"), {**told, "sha256": sha256(weights), **common})
-    found = measure(name, teacher, student, out)
+    found = measure(name, teacher, student, out) | {"protocol.minutes": minutes, "protocol.threads": threads}
     write_json(RESULTS.parent / f"small_{name}.json", found)
     print(markdown(name, found))
 

@@ -18,6 +18,7 @@ from cmlib.demo import peak_memory_mb
 from cmlib.export import FORMATS
 from cmlib.files import write_json
 from cmlib.ops import seed_everything
+from cmlib.pipeline import shipped
 from cmlib.profiles import PROFILES, Profile, select
 from cmlib.recipes import OBJECTIVES
 from cmlib.sizing import PLANS
@@ -197,7 +198,10 @@ def _prepare(args: argparse.Namespace) -> Profile:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"cannot make the folder --out {args.out} ({error.strerror}); give another") from error
-    return replace(profile, dataset=args.dataset or profile.dataset)
+    if args.dataset is None or args.dataset == profile.dataset:
+        return profile
+    own = f"{Path(args.dataset).name}_teacher"  # where one is shipped
+    return replace(profile, dataset=args.dataset, teacher=own if shipped(own).exists() else profile.teacher)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
             seed_everything(args.seed)
             begin = time.monotonic()
             metrics = {**args.function(args, profile), "seconds.command": time.monotonic() - begin, **peak_memory_mb()}
-            print(f"{metrics['seconds.command']:.0f} s, at most {metrics.get('memory.peak_mb', float('nan')):.0f} MB")
+            gpu = f", {metrics['memory.gpu_peak_mb']:.0f} MB on the GPU" if "memory.gpu_peak_mb" in metrics else ""
+            print(f"{metrics['seconds.command']:.0f} s, at most {metrics.get('memory.peak_mb', float('nan')):.0f} MB{gpu}")
             if ranks.is_first():
                 told = {"protocol.seed": args.seed, "protocol.profile": profile.name}
                 write_json(args.out / "metrics.json", {**told, **metrics})

@@ -17,13 +17,13 @@ from cmlib import export as exporting
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction
 from cmlib.files import sha256, write_json
-from cmlib.ops import indexed_normal
+from cmlib.ops import best_device, indexed_normal
 from cmlib.process import DDPM
 from cmlib.profiles import Profile, small_unet
 from cmlib.serving import serve as serving
 from cmlib.serving import site as sites
 from cmlib.teacher import Teacher
-from cmlib.unet import UNet, balanced, classes, given
+from cmlib.unet import UNet, balanced, classes
 
 Metrics = dict[str, Any]
 
@@ -209,9 +209,8 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
     found = {"loss.first": history[0]["loss"], "loss.last": history[-1]["loss"], "seconds.total": history[-1]["seconds"]}
     if plain:
         assert cache is not None
-        error = protocol.validation(trained, cache, teacher, data.load(profile.dataset, "test", limit=1_000)[0], args.out)
-        print("One reverse step, not a one-step sampler: no student.pt, only what the regression reached on held-out pairs.")
-        return _say({**found, "mse.regression": error["model"], "mse.identity": error["identity"], "mse.skill": error["skill"]})
+        print("One reverse step, not a one-step sampler: no student.pt, only what the regression reached.")
+        return _say(found | protocol.regression(trained, cache, teacher, profile, args.seed, args.out))
     if not isinstance(trained, ConsistencyFunction):
         print(f"{args.objective} makes no ConsistencyFunction: no student.pt, only the training's checkpoint and samples.")
         return _say(found)
@@ -225,8 +224,9 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
 
 def sample(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib sample`"""
-    f = ConsistencyFunction.load(args.checkpoint)
-    images = data.pictures(profile.dataset, pipeline.draw(f, args.n, args.evaluations, f.image_shape, args.seed))
+    f = ConsistencyFunction.load(args.checkpoint).to(best_device())
+    drawn = pipeline.draw(f, args.n, args.evaluations, f.image_shape, args.seed)
+    images = data.pictures(_dataset(args, profile, f.image_shape), drawn)
     plots.save(plots.samples({f"{args.evaluations} evaluation(s)": data.to_float(images)}), args.out / "samples.png")
     exporting.save_npz(args.out / "samples.npz", images)
     print(f"{args.n} images in {args.out / 'samples.npz'} and samples.png")
@@ -236,7 +236,7 @@ def sample(args: Namespace, profile: Profile) -> Metrics:
 
 def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     """`cmlib evaluate`"""
-    f = ConsistencyFunction.load(args.checkpoint)
+    f = ConsistencyFunction.load(args.checkpoint).to(best_device())
     profile, images, labels = _training_set(args, profile)
     if f.image_shape != tuple(images.shape[1:]):
         raise ValueError(f"{args.checkpoint} makes images {f.image_shape}, the data set's are {tuple(images.shape[1:])}")
@@ -247,6 +247,8 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     seeds = range(args.seed, args.seed + (args.seeds or (1 if profile.rough else 3)))
     told = {**features.protocol, "protocol.n": n, "protocol.seeds": " ".join(map(str, seeds))}
     told |= {"protocol.student": sha256(args.checkpoint), "protocol.teacher": teacher.hash()}
+    if args.fid:
+        told["protocol.fid"] = evaluate.FID.protocol(len(images))
     other = protocol.comparable(args.against, told) if args.against else None
     found: Metrics = features.compare("real", held_out[0])
     fid = evaluate.FID(images, decode=partial(data.pictures, profile.dataset)) if args.fid else None
@@ -254,9 +256,7 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     distances, figure = protocol.measured(protocol.generators(f, teacher, n), seeds, features, fid, key, args.out)
     plots.save(figure, args.out / "bias.png")
     found |= distances
-    few = held_out[0][:64]
-    with given(held_out[1] if held_out[1] is None else held_out[1][:64]):
-        indices, distance = evaluate.reconstruction_error(f, few, teacher.process, profile.timesteps, args.seed, f.sigma_max)
+    indices, distance = protocol.reconstruction(f, held_out, teacher, profile.timesteps, args.seed)
     sigma = teacher.process.sigma(indices)
     noise = indexed_normal(pipeline.SAMPLING_SEED + args.seed, range(64), f.image_shape, 7)
     with balanced(f, torch.arange(64)):
@@ -267,7 +267,7 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     curve = plots.curves({"student": (levels, gap)}, "noise level σ", "RMS of f(x_t, t) − x_end", "Self-consistency gap")
     plots.save(curve, args.out / "gap.png")
     found |= {"distance.student": float(distance.mean()), "gap.student": float(gap[levels <= f.sigma_max].mean())}
-    _say(found := found | told | {"protocol.timesteps": profile.timesteps, "protocol.n_distance": len(few)})
+    _say(found := found | told | {"protocol.timesteps": profile.timesteps, "protocol.n_distance": min(64, len(held_out[0]))})
     if other:
         print(f"\n{protocol.beside(found, other)}")
     return found
@@ -296,8 +296,8 @@ def export(args: Namespace, profile: Profile) -> Metrics:
     if f.image_shape != (its := tuple(held_out.shape[1:])):
         raise ValueError(f"{args.checkpoint} makes images {f.image_shape}, {dataset}'s are {its}; give its own --dataset")
     images = data.load(dataset, limit=256)[0] if args.precision == "int8" else None
-    if args.format not in ("onnx", "triton", "diffusers") and torch.cuda.is_available():
-        f = f.to("cuda")
+    if args.format not in ("onnx", "triton", "diffusers"):
+        f = f.to(best_device())
     told = exporting.save(f, args.out, args.format, args.precision, images)
     found = parity.measure(f, exporting.load(args.out), held_out, args.seed)
     found |= {"size.megabytes": (args.out / told["file"]).stat().st_size / 1e6}

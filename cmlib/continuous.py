@@ -68,7 +68,7 @@ class SCM:
         return process.velocity(x, self.teacher.denoise(*process.to_edm(x, t)), t)
 
     def tangent(self, target: Any, x: Tensor, t: Tensor, velocity: Tensor, warm: float) -> tuple[Tensor, Tensor]:
-        """F⁻ and g [B,…]; the derivative is taken with cos t·sin t inside, which tames it at both ends (sCM sec. 4.1)."""
+        """F⁻ and g [B,…]; the derivative is taken with cos t·sin t inside, which tames it at both ends (sCM sec. 5.1)."""
         sigma_data = target.sigma_data
         cos, sin = expand_like(t.cos(), x), expand_like(t.sin(), x)
 
@@ -122,10 +122,10 @@ class AdaptiveWeight(nn.Module):
 
 
 class MeanFlowFunction(nn.Module):
-    """u(z, r, t), the velocity averaged over [r, t] of the straight path z_t = (1 − t)·x0 + t·ε (MeanFlow eq. 3).
+    """u(z, r, t) = ∫_r^t v(z_τ, τ)dτ/(t − r) along the ODE, v the marginal velocity of (1 − t)·x0 + t·ε (MeanFlow eq. 3).
 
     `net` takes z with one more channel, which holds t − r, and 1000·t. Called with `r`, z and times in [0, 1], it is u.
-    Called as f(x, σ) it is the consistency function x̂0 = z − t·u(z, 0, t) in EDM coordinates: the straight path is
+    Called as f(x, σ) it is the consistency function x̂0 = z − t·u(z, 0, t) in EDM coordinates (eq. 12): z is
     x/(1 + σ) at t = σ/(1 + σ), so `consistency.sample` takes it as it is.
     """
 
@@ -171,7 +171,7 @@ class FlowNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class MeanFlow:
-    """w·‖u(z, r, t) − sg(v − (t − r)·du/dt)‖², v = ε − x0, du/dt along the tangent (v, 0, 1) (MeanFlow eq. 6, 9–11).
+    """w·‖u(z, r, t) − sg(v − (t − r)·du/dt)‖², v = ε − x0, du/dt along the tangent (v, 0, 1) (MeanFlow eq. 6, 8–11).
 
     t and r are the larger and the smaller of two logit-normal draws; r = t, plain flow matching, with probability
     `instant`. w = 1/(‖·‖² + 10⁻³)^power without gradient. f is a `MeanFlowFunction`. The numbers are the paper's for CIFAR-10.

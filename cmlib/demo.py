@@ -22,7 +22,7 @@ from cmlib.pipeline import (
     draw_teacher,
     load_teacher,
     resampled,
-    shipped,
+    shipped_student,
     train_teacher,
 )
 from cmlib.process import DDPM
@@ -132,10 +132,8 @@ def draw_sets(
     sets["identity_1"] = data.to_uint8(student.sigma_max * indexed_normal(SAMPLING_SEED + seed, range(n), shape))
     sets["regression_1"] = draw(regression, n, 1, shape, seed)
     sets |= {f"student_{k}": draw(student, n, k, shape, seed) for k in (1, 2)}
-    longer = shipped(f"{profile.dataset}_student.safetensors")
-    if longer.exists():
-        trained_longer = ConsistencyFunction.load(longer)
-        sets |= {f"shipped_student_{k}": draw(trained_longer, n, k, shape, seed) for k in (1, 2)}
+    if longer := shipped_student(profile.dataset, teacher):
+        sets |= {f"shipped_student_{k}": draw(longer, n, k, shape, seed) for k in (1, 2)}
     return sets
 
 

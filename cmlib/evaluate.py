@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,16 @@ from torch import Generator, Tensor, nn
 from cmlib import ranks
 from cmlib.data import to_float, to_uint8
 from cmlib.files import read_weights, write_weights
-from cmlib.ops import device_of, expand_like, mse
+from cmlib.ops import best_device, device_of, expand_like, mse
 from cmlib.process import DDPM
 from cmlib.teacher import Teacher
 
 Network = Callable[[Tensor, Tensor], Tensor]
-BLOCK = 2_000  # rows of a distance matrix held at once
+BLOCK = 2_000  # rows and columns of a distance matrix held at once
+NEEDS = (
+    "FID needs torchmetrics, torch-fidelity and its Inception weights: pip install --no-deps torchmetrics"
+    " lightning-utilities torch-fidelity, and a first run with network"
+)
 
 
 class Classifier(nn.Module):
@@ -148,8 +153,9 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """KID: the unbiased MMD² with the kernel (x·y/d + 1)³ (Bińkowski et al. 2018, eq. 4), over the whole sets."""
 
     def total(a: Tensor, b: Tensor) -> Tensor:
-        """Sum of the kernel over all pairs, in blocks, so that memory does not grow with N²."""
-        return sum((((part @ b.T) / a.shape[1] + 1) ** 3).sum() for part in a.split(BLOCK))  # type: ignore[return-value]
+        """Sum of the kernel over all pairs, in blocks, so that memory does not grow with N."""
+        d = a.shape[1]
+        return torch.stack([((p @ q.T / d + 1) ** 3).sum() for p in a.split(BLOCK) for q in b.split(BLOCK)]).sum()
 
     def within(a: Tensor) -> Tensor:
         diagonal = ((a.pow(2).sum(1) / a.shape[1] + 1) ** 3).sum()
@@ -164,10 +170,14 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, flo
     (Kynkäänniemi et al. 2019, eq. 1–2)."""
     real, fake = (v.float() for v in _two_sets(real, fake, k + 1, "precision and recall"))
 
+    def radii(part: Tensor, manifold: Tensor) -> Tensor:  # the nearest neighbour is the point itself
+        found = [torch.cdist(part, other).sort(1).values[:, : k + 1] for other in manifold.split(BLOCK)]
+        return torch.cat(found, dim=1).kthvalue(k + 1, dim=1).values
+
     def covered(points: Tensor, manifold: Tensor) -> float:
-        own = [torch.cdist(part, manifold).kthvalue(k + 1, dim=1).values for part in manifold.split(BLOCK)]
-        radius = torch.cat(own)  # the nearest neighbour is the point itself
-        return float(torch.cat([(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(BLOCK)]).float().mean())
+        balls = [(part, radii(part, manifold)) for part in manifold.split(BLOCK)]
+        within = [torch.stack([(torch.cdist(p, q) <= r).any(1) for q, r in balls]).any(0) for p in points.split(BLOCK)]
+        return float(torch.cat(within).float().mean())
 
     return covered(fake, real), covered(real, fake)
 
@@ -183,18 +193,23 @@ class FID:
         try:
             from torchmetrics.image.fid import FrechetInceptionDistance
 
-            self.metric = FrechetInceptionDistance(feature=feature, reset_real_features=False).set_dtype(torch.float64)
+            self.metric = FrechetInceptionDistance(feature=feature, reset_real_features=False)
         except (ModuleNotFoundError, OSError) as error:
-            raise ValueError(
-                "FID needs torchmetrics, torch-fidelity and its Inception weights: pip install --no-deps torchmetrics"
-                " lightning-utilities torch-fidelity, and a first run with network"
-            ) from error
-        self.metric.orig_dtype = torch.float64  # which `update` sets, but a rank may get no images
-        self.metric.to("cuda" if torch.cuda.is_available() else "cpu")
+            raise ValueError(NEEDS) from error
+        self.metric.to(best_device())
         self.decode = decode
         rank, world = ranks.here()
         for part in real.split(100)[rank::world]:
             self._update(part, real=True)
+
+    @staticmethod
+    def protocol(n_reference: int) -> str:
+        """Whose Inception, and to how many real images. Raises ValueError where it is missing."""
+        try:
+            versions = [f"{package} {metadata.version(package)}" for package in ("torch-fidelity", "torchmetrics")]
+        except metadata.PackageNotFoundError as error:
+            raise ValueError(NEEDS) from error
+        return f"Inception's 2048 features in float32 by {' and '.join(versions)}, to {n_reference} images"
 
     def _update(self, images: Tensor, real: bool) -> None:
         if images.dtype != torch.uint8:
@@ -207,17 +222,10 @@ class FID:
 
     def distance(self) -> float:
         """The distance of the fakes added so far; the next `add` begins anew."""
+        self.metric.orig_dtype = torch.float64  # which `update` sets to the features', and a rank may get no images
         found = float(self.metric.compute())
         self.metric.reset()
         return found
-
-
-def inception_fid(real: Tensor, fake: Tensor) -> float:
-    """FID (2048 Inception features) of uint8 images; needs torch-fidelity and its weights."""
-    fid = FID(real)
-    for part in fake.split(100):
-        fid.add(part)
-    return fid.distance()
 
 
 # ---- errors as functions of the noise level

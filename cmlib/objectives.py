@@ -46,7 +46,7 @@ Pairs = tuple[Tensor, Tensor, Tensor, Tensor]  # x_t, t, x_r, r
 def both_branches(f: Network, target: Network, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """f(x_t, t) and sg f⁻(x_r, r) under the same dropout mask, on the CPU and on the GPU (iCT sec. 3.1).
 
-    At r = 0 the target is x_r, the clean image: the boundary condition, the terminal reward of the bootstrap.
+    At r = 0 the target is x_r itself (CT's and ECT's clean image): the boundary condition, the bootstrap's terminal reward.
     """
     state = rng_state(x_t.device)
     with torch.no_grad():
@@ -252,7 +252,7 @@ class ECT(InverseGap):
 
 @dataclass(frozen=True)
 class SCT(ECT):
-    """ECT with x_r = x_t + (r − t)·(x_t − x̂0)/t, x̂0 the stable target over a reference batch (SCT).
+    """ECT with x_r = x_t + (r − t)·(x_t − x̂0)/t, x̂0 the stable target over a reference batch (SCT sec. 4).
 
     Each ingredient switches off alone, and with all off this is ECT: `reference` is "batch" (the training batch, which
     holds the source image), a tensor of images in [−1, 1] (the whole set), or None; `smooth` closes the gap a little every step
@@ -293,7 +293,7 @@ class BootstrapRegression(Bootstrapped):
     """‖f(x_n, n) − f⁻(x_{n−gap}, n − gap)‖²: the cached target replaced by the student's own output `gap` steps earlier.
 
     The frozen copy f⁻ is renewed every `reset` steps (the TD target's periodic reset). Where the chain has ended, the
-    target is the clean image, the terminal reward. Train with `grad_clip=1.0`, as the brief clamps gradients.
+    target is the clean image, the terminal reward. Train with `grad_clip=1.0` on the norm; the brief clamps gradients.
     """
 
     process: DDPM

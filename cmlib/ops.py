@@ -99,6 +99,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def best_device() -> str:
+    """Where networks run: the GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def device_of(f: object) -> torch.device:
     """Where a network's weights are; the CPU for a plain function."""
     return next(f.parameters()).device if isinstance(f, nn.Module) else torch.device("cpu")

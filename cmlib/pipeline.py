@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Callable
@@ -16,10 +17,10 @@ from tqdm.auto import tqdm
 
 from cmlib import data, evaluate, plots, ranks
 from cmlib.cache import PairCache
-from cmlib.consistency import PlainFunction, sample
+from cmlib.consistency import ConsistencyFunction, PlainFunction, sample
 from cmlib.files import sha256
 from cmlib.objectives import Denoising
-from cmlib.ops import device_of, indexed_normal
+from cmlib.ops import best_device, device_of, indexed_normal
 from cmlib.process import DDPM
 from cmlib.profiles import Profile
 from cmlib.recipes import CACHED, recipe
@@ -41,14 +42,20 @@ def load_teacher(source: str, shape: tuple[int, ...] | None = None) -> Teacher:
     from diffusers.utils import logging
 
     logging.disable_progress_bar()  # two files are no wait
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    teacher = Teacher.from_pretrained(shipped(source) if shipped(source).exists() else source, device)
+    teacher = Teacher.from_pretrained(shipped(source) if shipped(source).exists() else source, best_device())
     if shape is not None and shape != teacher.image_shape:
         raise ValueError(
             f"teacher {source!r} makes images {teacher.image_shape}, the data set's are {shape}; give another --teacher,"
             " or train one with `cmlib teacher train`"
         )
     return teacher
+
+
+def shipped_student(dataset: str, teacher: Teacher) -> ConsistencyFunction | None:
+    """The student of `teacher` that comes with the course, on its device; None where there is none of this teacher's."""
+    weights = shipped(f"{dataset}_student.safetensors")
+    its = weights.exists() and json.loads(weights.with_suffix(".json").read_text())["teacher"] == teacher.hash()
+    return ConsistencyFunction.load(weights).to(teacher.device) if its else None
 
 
 def turned(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,9 +94,10 @@ LAPTOP = replace(  # images of 32×32 on two cores: hours, not minutes
     teacher_updates=5_000,
     solver="heun",
     rollout_steps=10,
-    pairs=20_000,
+    pairs=15_000,
     endpoint_updates=2_500,
     distill_updates=300,
+    samples=1_000,
 )
 T4 = Profile(
     name="t4",

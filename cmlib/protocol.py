@@ -13,14 +13,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cmlib import evaluate, plots, ranks
+from cmlib import data, evaluate, plots, ranks
 from cmlib.cache import PairCache
 from cmlib.consistency import ConsistencyFunction
 from cmlib.files import intact, write_atomically
 from cmlib.pipeline import Features, Keep, draw, draw_teacher
+from cmlib.profiles import Profile
 from cmlib.teacher import Teacher
 from cmlib.unet import given
 
+Labelled = tuple[Tensor, Tensor | None]  # uint8 images, and labels where the set has some
 Generator = Callable[[int, Keep], Tensor]  # (seed, what to keep of a batch) -> what was kept of n images
 COMPARABLE = ("reference_sha256", "features", "rounding", "weights", "n")  # what two distances must have in common
 
@@ -99,13 +101,40 @@ def validation(f: Any, cache: PairCache, teacher: Teacher, held_out: Tensor, out
         return evaluate.pair_error(f, batch)
 
 
+def reconstruction(f: Any, held_out: Labelled, teacher: Teacher, per_image: int, seed: int) -> tuple[Tensor, Tensor]:
+    """(n, ‖f(x_t, t) − x0‖) of the first 64 held-out images (`evaluate.reconstruction_error`)."""
+    images, labels = held_out
+    with given(labels if labels is None else labels[:64]):
+        return evaluate.reconstruction_error(f, images[:64], teacher.process, per_image, seed, f.sigma_max)
+
+
+def regression(f: Any, cache: PairCache, teacher: Teacher, profile: Profile, seed: int, out: Path) -> dict[str, Any]:
+    """What the brief's own student reaches: its error on pairs beside the identity map's, the distance of its images in one
+    evaluation, and its distance to x0 at random noise levels."""
+    images, labels = data.load(profile.dataset, limit=profile.in_memory)
+    held_out = data.load(profile.dataset, "test", limit=1_000)
+    features, n = Features.of(profile.dataset, out, images, labels, held_out), min(profile.samples, len(images))
+    error = validation(f, cache, teacher, held_out[0], out)
+    seen = draw(f, n, 1, teacher.image_shape, seed, keep=features.see)
+    return {
+        "mse.regression": error["model"],
+        "mse.identity": error["identity"],
+        "mse.skill": error["skill"],
+        f"fd_{features.dataset}.regression_1": evaluate.frechet_distance(features.reference, seen),
+        "distance.regression": float(reconstruction(f, held_out, teacher, profile.timesteps, seed)[1].mean()),
+        "protocol.n": n,
+        **features.protocol,
+    }
+
+
 def comparable(other: Path, protocol: Mapping[str, Any]) -> dict[str, Any]:
     """The metrics of another `cmlib evaluate`. Raises ValueError where its protocol differs: a difference would say nothing."""
     try:
         theirs = json.loads(other.read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read {other} ({error}); give the metrics.json of another `cmlib evaluate`") from error
-    pairs = {key: (theirs.get(f"protocol.{key}"), protocol[f"protocol.{key}"]) for key in COMPARABLE}
+    names = [*COMPARABLE, *(["fid"] if "protocol.fid" in theirs and "protocol.fid" in protocol else [])]
+    pairs = {key: (theirs.get(f"protocol.{key}"), protocol[f"protocol.{key}"]) for key in names}
     if differs := [f"{key} is {a!r} there, {b!r} here" for key, (a, b) in pairs.items() if a != b]:
         raise ValueError(f"{other} was measured by another protocol: {'; '.join(differs)}")
     return theirs

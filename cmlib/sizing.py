@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from cmlib.data import SETS
+from cmlib.ops import best_device
 from cmlib.pipeline import shipped
 from cmlib.profiles import CELEBA64, FFHQ_LATENT, IMAGENET128, T4, Profile, select, small_unet
 from cmlib.unet import UNet, given
@@ -35,7 +36,7 @@ def machine() -> dict[str, Any]:
             found[package] = "missing"
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     found["free_disk_gb"] = round(shutil.disk_usage(".").free / 1e9, 1)
-    found["shipped_teacher"] = "found" if shipped("digits_teacher").exists() else "missing"
+    found["shipped_teachers"] = " ".join(p.name for p in shipped("digits_teacher").parent.glob("*_teacher")) or "missing"
     found["datasets_folder"] = os.environ.get("CMLIB_DATASETS", "not set: data sets other than digits come from the hub")
     found["profile"] = select().name
     return found
@@ -62,7 +63,7 @@ def forward_flops(profile: Profile) -> float:
 @torch.no_grad()
 def measured_rate(seconds: float = 2.0) -> float:
     """FLOP/s of CIFAR-10's U-Net on this machine, measured now: forward passes for about `seconds`, after one to warm up."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     n = 64 if device == "cuda" else 1
     net, x, t = network(T4).to(device), torch.randn(n, *SETS["cifar10"].shape, device=device), torch.ones(n, device=device)
     float(net(x, t).sum())  # waits for the GPU

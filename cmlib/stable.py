@@ -60,7 +60,7 @@ def sample_phased(f: Network, x: Tensor, sigma_max: float, edges: Sequence[float
     """From (x, σ_max) segment by segment down to t = 0, one evaluation each: x <- to_edge(x, t, η·s, f(x, t)), t <- η·s.
 
     `edges` ascend, as `SCT(edges=…)` had them. At an edge f has just changed its aim, and is at its worst; η < 1 skips
-    edges, landing a little below each (SCT's edge-skipping multistep sampling).
+    edges, landing a little below each (SCT sec. 4, edge-skipping multistep sampling).
     """
     if not 0 < eta <= 1:
         raise ValueError(f"eta lies in (0, 1], got {eta}")
@@ -72,7 +72,7 @@ def sample_phased(f: Network, x: Tensor, sigma_max: float, edges: Sequence[float
 
 
 def guided(f: Network, earlier: Network, strength: float) -> Network:
-    """(x, t) -> f + ω·(f − f_earlier): away from what a worse version of itself, an earlier EMA, would say (SCT)."""
+    """(x, t) -> f + ω·(f − f_earlier): away from what a worse version of itself, an earlier EMA, would say (SCT sec. 4)."""
 
     def jump(x: Tensor, t: Tensor) -> Tensor:
         out = f(x, t)

@@ -56,9 +56,9 @@ def balanced(net: object, index: Tensor) -> Any:
 
 def timestep_embedding(t: Tensor, dim: int, flip_sin_to_cos: bool = False, freq_shift: float = 1.0) -> Tensor:
     """[sin(t·ω_k), cos(t·ω_k)] with ω_k = 10000^{−k/(dim/2 − shift)} (DDPM; Vaswani et al. 2017): [B] -> [B,dim]."""
-    half = dim // 2
-    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift))
-    angles = t.float()[:, None] * freqs[None]
+    half, t = dim // 2, t.to(torch.promote_types(t.dtype, torch.float32))
+    freqs = torch.exp(-math.log(10000) * torch.arange(half, dtype=t.dtype, device=t.device) / (half - freq_shift))
+    angles = t[:, None] * freqs[None]
     parts = (angles.cos(), angles.sin()) if flip_sin_to_cos else (angles.sin(), angles.cos())
     return F.pad(torch.cat(parts, dim=-1), (0, dim % 2))
 

@@ -32,7 +32,7 @@ def states():
 # ---- sCM
 
 
-def test_f_in_trigflow_is_scm_equation_4():
+def test_f_in_trigflow_is_scm_s():
     """f = cos t·x − sin t·σ_d·F with F = −net(x/σ_d): the same function, so one student serves both."""
     f = student()
     x, _ = states()
@@ -198,6 +198,28 @@ def test_meanflow_function_is_a_consistency_function_of_the_straight_path():
 
 
 # ---- both
+
+
+def test_derivatives_through_the_unet_match_finite_differences():
+    """sCM's tangent and MeanFlow's du/dt of a whole U-Net in float64, in x and in t, to 1e-4."""
+    torch.manual_seed(0)
+    f = ConsistencyFunction(UNet(**UNET), 0.0, 80.0, SIGMA_DATA).double().eval()
+    x0, eps = torch.randn(2, 6, 1, 8, 8, generator=seeded(), dtype=torch.float64)
+    x = PROCESS.perturb(x0, eps, T)
+    v = SCM().velocity(x0, SIGMA_DATA * eps, x, T, PROCESS)
+    u = MeanFlowFunction(UNet(**{**UNET, "in_channels": 2})).double().eval()
+    z, t, r = x0 + 0.6 * (eps - x0), torch.full_like(T, 0.6), torch.full_like(T, 0.2)
+    h = 1e-7  # the sinusoids of 250·ln σ are fast
+    with torch.no_grad():
+        along = [f(*PROCESS.to_edm(x + k * h * v, T + k * h)) for k in (1, -1)]
+        expected = T.cos()[:, None, None, None] * (along[0] - along[1]) / (2 * h)
+        flow = [u(z + k * h * (eps - x0), t + k * h, r) for k in (1, -1)]
+    _, g = SCM(normalise=False).tangent(f, x, T, v, 1.0)
+    for i in range(len(T)):
+        assert float((g[i] - expected[i]).norm() / expected[i].norm()) < 1e-4
+    goal = MeanFlow().target(u, z, t, r, eps - x0)
+    expected = eps - x0 - 0.4 * (flow[0] - flow[1]) / (2 * h)
+    assert float((goal - expected).norm() / expected.norm()) < 1e-4
 
 
 def test_jvp_goes_through_the_unet_and_its_attention():

@@ -154,4 +154,4 @@ def test_fid_without_torchmetrics_says_what_it_needs(monkeypatch):
 
 def test_fid_says_what_it_needs_or_refuses_floats():
     with pytest.raises(ValueError, match=r"torch-fidelity|uint8"):
-        evaluate.inception_fid(torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8))
+        evaluate.FID(torch.rand(4, 3, 8, 8))

@@ -8,6 +8,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -247,6 +248,22 @@ def test_report_tells_what_was_done_to_f(student, monkeypatch):
     assert same["reconstruction.ratio"] == 1 and same["parity.relative"] == 0
     assert all(same[f"latency_ms.{name}.batch_{n}.p95"] >= same[f"latency_ms.{name}.batch_{n}.p50"] > 0
                for name in ("eager", "export") for n in (1, 8, 32))  # fmt: skip
+
+
+def test_what_compiles_in_its_first_call_is_timed_as_often_as_the_rest(student, monkeypatch):
+    clock, calls = [0.0], {"eager": 0, "compiled": 0}
+    monkeypatch.setattr(parity, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def made(name, first):
+        def run(x, t):
+            calls[name] += 1
+            clock[0] += first if calls[name] == 1 else 0.001
+
+        return run
+
+    found = parity.latency({"eager": made("eager", 0.001), "compiled": made("compiled", 60.0)}, student, (1,))
+    assert found["protocol.runs.batch_1"] == parity.RUNS and calls["compiled"] == parity.WARM_UP + parity.RUNS
+    assert found["latency_ms.compiled.batch_1.p95"] == pytest.approx(1)
 
 
 def test_command_writes_model_metadata_and_report(tmp_path, capsys, monkeypatch):

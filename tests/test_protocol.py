@@ -42,6 +42,23 @@ def test_fid_is_the_frechet_distance_of_its_features_whatever_the_batches():
         fid.add(torch.rand(4, 3, 8, 8))
 
 
+def test_fid_asks_its_features_in_float32_and_sums_them_in_float64():
+    class Network(Shades):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(2, 2)
+
+        def forward(self, x):
+            assert self.linear.weight.dtype == torch.float32, "a T4 takes 32 times as long in float64"
+            return self.linear(super().forward(x).float() / 255)
+
+    network = Network().requires_grad_(False)
+    fid = evaluate.FID(grey(50, 0), network)
+    fid.add(fakes := grey(40, 1, 200))
+    seen = [network(v.expand(-1, 3, -1, -1)).double() for v in (grey(50, 0), fakes)]
+    assert fid.distance() == pytest.approx(evaluate.frechet_distance(*seen), rel=1e-5)
+
+
 def test_means_and_spread_are_those_of_the_seeds_and_a_killed_run_goes_on(features, tmp_path):
     sets = {seed: grey(80, seed) for seed in (0, 1, 2)}
     made = []
@@ -112,5 +129,9 @@ def test_numbers_of_another_protocol_are_refused(key, features, tmp_path):
     assert "7.25" in table and "5 ± 0.5" in table and "gap" not in table
     with pytest.raises(ValueError, match=f"another protocol: {key} is"):
         protocol.comparable(other, {**told, f"protocol.{key}": "changed"})
+    with pytest.raises(ValueError, match="another protocol: fid is"):
+        other.write_text(json.dumps({**told, "protocol.fid": "one Inception"}))
+        protocol.comparable(other, {**told, "protocol.fid": "another"})
+    assert protocol.comparable(other, told), "a run without FID has one protocol with both"
     with pytest.raises(ValueError, match="give the metrics"):
         protocol.comparable(tmp_path / "none.json", told)

@@ -44,6 +44,8 @@ def test_the_recipe_runs_is_resumed_in_the_middle_of_a_refresh_and_says_what_it_
     assert found["teacher"]["protocol.schedule"] == "cosine-linear" and found["teacher"]["updates"] == 10
     assert all(metrics["seconds.command"] > 0 and metrics["memory.peak_mb"] > 100 for metrics in found.values())
     assert 0 < found["regression"]["mse.identity"] < 0.01, "the brief's bar, met by doing nothing"
+    regressed, teacher = found["regression"]["fd_digits.regression_1"], found["evaluation"]["fd_digits.teacher_ddim50"]
+    assert regressed > 2 * teacher and found["regression"]["distance.regression"] > 0
     assert found["evaluation"]["fd_digits.student_1"] > found["evaluation"]["fd_digits.teacher_ddim50"] > 0
     assert list((tmp_path / "student" / "training").glob("samples-*.png"))
 

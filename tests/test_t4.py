@@ -15,6 +15,7 @@ from cmlib.consistency import PlainFunction
 from cmlib.objectives import Denoising
 from cmlib.process import DDPM
 from cmlib.profiles import T4
+from cmlib.recipes import first_student
 from cmlib.teacher import Teacher
 from cmlib.train import fit, read_checkpoint
 from cmlib.unet import UNet
@@ -58,6 +59,21 @@ def test_the_whole_architecture_trains_in_fp16_as_in_fp32(tmp_path, monkeypatch,
         assert all(v.dtype == torch.float32 and v.isfinite().all() for v in average.state_dict().values())
     assert dtypes == [torch.float32] * 2 + [torch.float16] * 2
     assert losses["fp16"] == pytest.approx(losses["no"], rel=0.01) and losses["fp16"] != losses["no"]
+
+
+def test_consistency_distillation_trains_the_whole_architecture_in_fp16(tmp_path, monkeypatch, scaled):
+    monkeypatch.setattr(pipeline, "draw", lambda f, n, *rest: torch.zeros(n, 3, 8, 8))
+    torch.manual_seed(0)
+    teacher = Teacher(UNet(**{**CIFAR10, "sample_size": 8}), DDPM.linear())
+    student = first_student("consistency-distillation", teacher, 20.0)
+    dtypes = []
+    for net in (student.net, teacher.unet):
+        net.conv_in.register_forward_hook(lambda module, inputs, out: dtypes.append(out.dtype))
+    profile = replace(T4, batch_size=2)
+    pairs = {"teacher": teacher, "images": IMAGES}
+    average, history = pipeline.distill("consistency-distillation", student, profile, tmp_path, updates=2, every=2, **pairs)
+    assert history[-1]["step"] == 2 and set(dtypes) == {torch.float16}
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in average.state_dict().values())
 
 
 def test_too_large_a_loss_scale_halves_and_a_resumed_run_remembers_it(tmp_path, scaled):

@@ -95,7 +95,7 @@ LAPTOP = replace(  # images of 32×32 on two cores: hours, not minutes
     solver="heun",
     rollout_steps=10,
     pairs=15_000,
-    endpoint_updates=2_500,
+    endpoint_updates=2_000,
     distill_updates=300,
     samples=1_000,
 )

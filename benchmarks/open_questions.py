@@ -3,7 +3,7 @@
     python -m benchmarks.open_questions            # about 40 minutes on one core; goes on with the studies already kept
     python -m benchmarks.open_questions spacing    # one of them
 
-Writes benchmarks/results/open_questions.json and a figure a study beside it; studies kept by other code or versions are made
+Writes benchmarks/results/open_questions.json and a figure a study beside it; studies kept from other versions or sizes are made
 anew. What a study can say is bound by its size: points in a few dimensions, or 8×8 digits from random weights, three seeds,
 minutes of training. Runs of one seed share their start, batches and noise, so each is read against its own twin.
 """
@@ -28,7 +28,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from cmlib import __version__, data, evaluate, pipeline, plots
 from cmlib.compare import spread
 from cmlib.consistency import ConsistencyFunction, c_out, c_skip
-from cmlib.files import sha256, write_json
+from cmlib.files import write_json
 from cmlib.objectives import ECT, SCT, both_branches
 from cmlib.ops import expand_like, indexed_normal
 from cmlib.oracle import GaussianMixture
@@ -102,9 +102,10 @@ def spacing_figure(runs: list[dict[str, list[float]]]) -> Figure:
         errors = torch.tensor([run[str(d)] for run in runs])
         ax.plot(GAPS, errors.mean(0), "o-", color=colour, label=f"{d} dimensions")
         ax.fill_between(GAPS, errors.amin(0), errors.amax(0), color=colour, alpha=0.2)
-    ax.set(
-        xscale="log", yscale="log", xlabel="gap (t − r)/t, the same all through training", ylabel="relative error of one jump"
-    )
+    ax.set(xscale="log", ylim=(0, None), xlabel="gap (t − r)/t, the same all through training")
+    ax.set_ylabel("relative error of one jump")
+    ax.set_xticks(GAPS, [f"1/{1 / gap:.0f}" if gap < 1 else "1" for gap in GAPS], minor=False)
+    ax.minorticks_off()
     ax.set_title("Noise spacing on mixtures of three components", fontsize=11)
     ax.legend()
     ax.grid(alpha=0.3)
@@ -272,7 +273,7 @@ def addition_figure(name: str, plain: list[dict], runs: list[dict]) -> Figure:
         for label, group, colour, style in (("SCT", plain, plots.COLOURS[0], "-"), ("with it", runs, plots.COLOURS[1], "--")):
             for k, run in enumerate(group):
                 ax.plot(updates, run[measure], style, marker="o", markersize=3, color=colour, label=None if k else label)
-        ax.set(yscale="log", xlabel="updates")
+        ax.set(yscale="linear" if measure == "gap" else "log", xlabel="updates")
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.3, which="both")
     axes[0].legend()
@@ -305,8 +306,8 @@ def markdown(kept: dict[str, Any]) -> str:
 
 def main(names: list[str]) -> None:
     path = RESULTS / "open_questions.json"
-    versions = {"cmlib": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    made_with = {**versions, "code": sha256(Path(__file__))}
+    made_with = {"cmlib": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    made_with["sizes"] = f"{POINT_UPDATES} updates of {POINT_BATCH} points, {UPDATES} of {BATCH} digits"
     kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if kept.get("made_with") != made_with:
         kept = {"made_with": made_with}

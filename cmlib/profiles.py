@@ -95,7 +95,7 @@ LAPTOP = replace(  # images of 32×32 on two cores: hours, not minutes
     solver="heun",
     rollout_steps=10,
     pairs=60_000,
-    endpoint_updates=2_000,
+    endpoint_updates=1_500,
     distill_updates=300,
     samples=1_000,
 )

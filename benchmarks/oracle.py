@@ -48,6 +48,7 @@ def main() -> None:
     level = list(errors(MIXTURE.denoise, 0.0).values())[-1]
     title = "Relative error of f on the mixture, a line a seed; grey: all the others"
     figure = plots.small_multiples(curves, level, "the denoiser at t = 80", "noise level t", "‖f − truth‖/‖truth‖", title)
+    figure.axes[0].set_ylim(top=4)
     plots.save(figure, RESULTS.with_suffix(".png"))
     print(markdown(kept))
 

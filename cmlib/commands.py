@@ -186,9 +186,9 @@ def distill(args: Namespace, profile: Profile) -> Metrics:
     images = labels = None
     if not args.cache:
         profile, images, labels = _training_set(args, profile)
-    teacher = _teacher(args, profile, images)
+    plain = args.objective == "pair-regression"  # whose images are compared with the data set's
+    teacher = _teacher(args, profile, data.load(profile.dataset, limit=1)[0] if plain else images)
     cache = PairCache.open(args.cache, teacher) if args.cache else None
-    plain = args.objective == "pair-regression"
     student: Any
     if plain and args.student:
         raise ValueError("pair-regression starts from the teacher's weights; leave --student out")

@@ -5,14 +5,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ConsistencyModelPipeline
 
-from cmlib import cli, commands
+from cmlib import cli, commands, pipeline, profiles
+from cmlib.cache import PairCache
 from cmlib.cli import main
 from cmlib.consistency import ConsistencyFunction
+from cmlib.process import DDPM
+from cmlib.teacher import Teacher
+from cmlib.unet import UNet
+from tests.small import UNET
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +166,59 @@ def test_an_interrupted_training_says_how_to_go_on(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(cli.commands, "distill", interrupted)
     assert cli.main(["distill", "--out", str(tmp_path), *more]) == 130
     assert said in capsys.readouterr().err
+
+
+def test_a_named_data_set_brings_its_shipped_teacher(tmp_path, monkeypatch):
+    shipped = {"fashion_mnist_teacher", "digits_teacher"}
+    monkeypatch.setattr(cli, "shipped", lambda name: Path(__file__) if name in shipped else tmp_path / name)
+    for profile, dataset, teacher in (
+        ("cpu", "fashion_mnist", "fashion_mnist_teacher"),
+        ("cpu", "somewhere/fashion_mnist", "fashion_mnist_teacher"),
+        ("cpu", "cifar10", "digits_teacher"),  # none is shipped: the shape is refused later
+        ("t4", "cifar10", "google/ddpm-cifar10-32"),
+        ("t4", "digits", "digits_teacher"),
+    ):
+        args = cli.parser().parse_args(["teacher", "eval", "--dataset", dataset, "--profile", profile, "--out", str(tmp_path)])
+        assert (made := cli._prepare(args)).teacher == teacher and made.dataset == dataset
+
+
+@pytest.mark.parametrize(
+    ("shape", "profile", "found"),
+    [
+        ((1, 8, 8), "t4", "digits"),
+        ((3, 32, 32), "cpu", "cifar10"),
+        ((1, 32, 32), "cpu", "fashion_mnist"),
+        ((1, 32, 32), "laptop", "fashion_mnist"),
+        ((3, 32, 32), "t4", "cifar10"),
+        ((3, 8, 8), "cpu", "digits"),  # no set is like it: refused by its shape
+    ],
+)
+def test_a_student_brings_the_set_of_its_shape(shape, profile, found):
+    args = argparse.Namespace(dataset=None)
+    assert commands._dataset(args, profiles.PROFILES[profile], shape) == found
+    assert commands._dataset(argparse.Namespace(dataset="mine"), replace(profiles.CPU, dataset="mine"), shape) == "mine"
+
+
+def test_the_shipped_student_is_its_own_teacher_s():
+    teacher = pipeline.load_teacher("digits_teacher")
+    assert pipeline.shipped_student("digits", teacher).image_shape == (1, 8, 8)
+    assert pipeline.shipped_student("digits", replace(teacher, process=DDPM.cosine())) is None
+    assert pipeline.shipped_student("nothing", teacher) is None
+
+
+def test_regression_is_refused_before_it_trains_where_the_data_are_of_another_shape(tmp_path, capsys):
+    unet = UNet(**{**UNET, "in_channels": 3, "out_channels": 3})
+    teacher = Teacher(unet.eval(), DDPM.linear())
+    teacher.save_pretrained(tmp_path / "teacher")
+    PairCache.build(tmp_path / "cache", teacher, 4, "rollout", solver="ddim", steps=2, shape=(3, 8, 8), batch_size=2)
+    told = [
+        "distill",
+        "--objective",
+        "pair-regression",
+        "--cache",
+        str(tmp_path / "cache"),
+        "--teacher",
+        str(tmp_path / "teacher"),
+    ]
+    assert main([*told, "--profile", "ci", "--out", str(tmp_path / "out")]) == 2
+    assert "give another --teacher" in capsys.readouterr().err

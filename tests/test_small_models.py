@@ -57,6 +57,7 @@ def test_it_ships_a_teacher_and_a_student_with_their_distances(world, capsys):
         found = json.loads((world / "results" / "small_fashion_mnist.json").read_text())
         return {key: value for key, value in found.items() if not key.startswith("ms_")}
 
-    before = measured()
+    before, made = measured(), {path: path.stat().st_mtime_ns for path in (world / "runs").rglob("*.pt")}
     script.main()
-    assert measured() == before, "a second call repeats nothing"
+    assert measured() == before
+    assert {path: path.stat().st_mtime_ns for path in made} == made and len(made) > 6, "a second call repeats nothing"

@@ -42,8 +42,8 @@ def write(
     """Write or renew the page in `folder` with `student`, a checkpoint or what `cmlib export --format onnx` wrote.
 
     Several data sets can share a folder: each gets `page/<its name>`, and the page offers them all. `teacher` defaults to the
-    shipped one, if there is one; `assets` is a folder with onnxruntime-web's files, for use without a network. Returns the
-    model's entry in the page's settings. Raises ValueError.
+    shipped one, if there is one of the student's architecture; `assets` is a folder with onnxruntime-web's files, for use
+    without a network. Returns the model's entry in the page's settings. Raises ValueError.
     """
     name = Path(dataset).resolve().name if Path(dataset).is_dir() else Path(dataset).name
     model, shape = folder / "page" / name, shape_of(student)
@@ -54,9 +54,10 @@ def write(
         raise ValueError(f"{student} makes images {shape}, {dataset}'s are {tuple(images.shape[1:])}; give its own --dataset")
     firsts = [] if labels is None else [int((labels == k).nonzero()[0]) for k in labels.unique()]  # one a class
     images = images[list(dict.fromkeys([*firsts, *range(len(images))]))[:EXAMPLES]]
-    if teacher is None and pipeline.shipped(f"{name}_teacher").exists():
-        teacher = f"{name}_teacher"
-    walker = None if teacher is None else pipeline.load_teacher(str(teacher), shape)
+    own = f"{name}_teacher" if pipeline.shipped(f"{name}_teacher").exists() else None
+    walker = pipeline.load_teacher(str(teacher or own), shape) if teacher or own else None
+    if walker and not teacher and not student.is_dir() and not alike(ConsistencyFunction.load(student).net, walker.unet):
+        walker = None  # of another architecture, so of another teacher
     if assets is not None:
         check(assets)
     told = place(student, model)
@@ -80,6 +81,11 @@ def write(
     runtime = CDN if assets is None else "runtime/"
     write_json(folder / "page" / "settings.json", {"runtime": runtime, "files": RUNTIME, "models": entries})
     return entry
+
+
+def alike(net: Any, other: Any) -> bool:
+    """Whether two U-Nets have blocks of one kind and width."""
+    return all(net.config[key] == other.config[key] for key in ("block_out_channels", "down_block_types", "layers_per_block"))
 
 
 def _entry(page: Path) -> dict[str, Any]:

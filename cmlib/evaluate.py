@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
 
@@ -149,37 +149,42 @@ def frechet_limit(real: Tensor, fake: Tensor) -> tuple[float, float]:
     return float(limit), float(slope)
 
 
+def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
+    """Of KID's kernel over all pairs, in blocks, so that memory does not grow with N."""
+    return torch.stack([((p @ q.T / a.shape[1] + 1) ** 3).sum() for p in a.split(BLOCK) for q in b.split(BLOCK)]).sum()
+
+
+@lru_cache(maxsize=2)  # a reference's is asked for again and again
+def _within(features: Tensor) -> Tensor:
+    a = features.double()
+    diagonal = ((a.pow(2).sum(1) / a.shape[1] + 1) ** 3).sum()
+    return (_kernel_sum(a, a) - diagonal) / (len(a) * (len(a) - 1))
+
+
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """KID: the unbiased MMD² with the kernel (x·y/d + 1)³ (Bińkowski et al. 2018, eq. 4), over the whole sets."""
+    a, b = _two_sets(real, fake, 2, "a kernel distance")
+    return float(_within(real) + _within(fake) - 2 * _kernel_sum(a, b) / (len(a) * len(b)))
 
-    def total(a: Tensor, b: Tensor) -> Tensor:
-        """Sum of the kernel over all pairs, in blocks, so that memory does not grow with N."""
-        d = a.shape[1]
-        return torch.stack([((p @ q.T / d + 1) ** 3).sum() for p in a.split(BLOCK) for q in b.split(BLOCK)]).sum()
 
-    def within(a: Tensor) -> Tensor:
-        diagonal = ((a.pow(2).sum(1) / a.shape[1] + 1) ** 3).sum()
-        return (total(a, a) - diagonal) / (len(a) * (len(a) - 1))
-
-    real, fake = _two_sets(real, fake, 2, "a kernel distance")
-    return float(within(real) + within(fake) - 2 * total(real, fake) / (len(real) * len(fake)))
+@lru_cache(maxsize=2)
+def _balls(features: Tensor, k: int) -> list[tuple[Tensor, Tensor]]:
+    """Parts of a set, and the distance of each point to its k-th neighbour beside itself."""
+    parts = features.float().split(BLOCK)
+    near = [[torch.cdist(p, q).topk(min(k + 1, len(q)), largest=False).values for q in parts] for p in parts]
+    return [(p, torch.cat(row, dim=1).kthvalue(k + 1, dim=1).values) for p, row in zip(parts, near, strict=True)]
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Share of fakes inside the real manifold, and of reals inside the fake one; manifold = balls to the k-th neighbour
     (Kynkäänniemi et al. 2019, eq. 1–2)."""
-    real, fake = (v.float() for v in _two_sets(real, fake, k + 1, "precision and recall"))
+    _two_sets(real, fake, k + 1, "precision and recall")
 
-    def radii(part: Tensor, manifold: Tensor) -> Tensor:  # the nearest neighbour is the point itself
-        found = [torch.cdist(part, other).sort(1).values[:, : k + 1] for other in manifold.split(BLOCK)]
-        return torch.cat(found, dim=1).kthvalue(k + 1, dim=1).values
+    def covered(points: Tensor, balls: list[tuple[Tensor, Tensor]]) -> float:
+        inside = [torch.stack([(torch.cdist(p, q) <= r).any(1) for q, r in balls]).any(0) for p in points.float().split(BLOCK)]
+        return float(torch.cat(inside).float().mean())
 
-    def covered(points: Tensor, manifold: Tensor) -> float:
-        balls = [(part, radii(part, manifold)) for part in manifold.split(BLOCK)]
-        within = [torch.stack([(torch.cdist(p, q) <= r).any(1) for q, r in balls]).any(0) for p in points.split(BLOCK)]
-        return float(torch.cat(within).float().mean())
-
-    return covered(fake, real), covered(real, fake)
+    return covered(fake, _balls(real, k)), covered(real, _balls(fake, k))
 
 
 class FID:

@@ -108,7 +108,7 @@ class _Opened:
 
     def labels(self, rows: dict[str, list[Any]]) -> Tensor | None:
         """[N], where the set has a whole number for each picture."""
-        values = rows[self.label] if self.label else [None]
+        values = rows[self.label][:] if self.label else [None]  # all at once: one by one a column is slow
         return torch.tensor(values) if all(isinstance(value, int) for value in values) else None
 
     def decoded(self, pictures: Iterable[Any]) -> Tensor:

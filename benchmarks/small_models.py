@@ -104,10 +104,8 @@ def markdown(name: str, found: dict[str, Any]) -> str:
         lines.append(f"| {label} | {evaluations} | {distance} | {quality} | {ms} |")
     minutes = ", ".join(f"{stage} {m:.0f}" for stage, m in found["protocol.minutes"].items())
     n = f"N = {found['protocol.n']}, {found['protocol.seeds']} seeds, mean ± half the range"
-    told = (
-        f"{n}; {found['protocol.threads']} thread(s). Minutes of training on a shared machine, without the rollouts: {minutes}."
-    )
-    return "\n".join([*lines, "", told])
+    shared = f"{found['protocol.threads']} thread(s) of a shared machine"
+    return "\n".join([*lines, "", f"{n}; {shared}. Minutes of training, without the rollouts: {minutes}."])
 
 
 def main() -> None:

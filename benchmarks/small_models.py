@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(2)
 
 
-def train(name: str, out: Path) -> tuple[Teacher, ConsistencyFunction, dict[str, float]]:
+def train(name: str, images: torch.Tensor, out: Path) -> tuple[Teacher, ConsistencyFunction, dict[str, float]]:
     """Teacher, student, and the minutes that each stage took. Killed, the same call goes on."""
-    images, held_out = data.load(name)[0], data.load(name, "test", limit=500)[0]
+    held_out = data.load(name, "test", limit=500)[0]
     profile, shape = replace(LAPTOP, dataset=name, precision="bf16"), tuple(images.shape[1:])
     torch.manual_seed(0)
     start = Teacher(UNet(**small_unet(shape, profile.widths, 0.0, profile.layers, profile.attention)), DDPM.linear())
@@ -54,9 +54,10 @@ def train(name: str, out: Path) -> tuple[Teacher, ConsistencyFunction, dict[str,
     return teacher, student, {k: round(v, 1) for k, v in minutes.items()}
 
 
-def measure(name: str, teacher: Teacher, student: ConsistencyFunction, out: Path) -> dict[str, Any]:
-    """Distances over three seeds beside their floor and the noise itself, and sheets of samples."""
-    images, labels = data.load(name)
+def measure(
+    name: str, images: torch.Tensor, labels: torch.Tensor | None, teacher: Teacher, student: ConsistencyFunction, out: Path
+) -> dict[str, Any]:
+    """Distances over the seeds beside their floor, what an image takes, and sheets of samples."""
     features = pipeline.Features.of(name, out, images, labels, data.load(name, "test"))
     n = LAPTOP.samples
 
@@ -67,22 +68,16 @@ def measure(name: str, teacher: Teacher, student: ConsistencyFunction, out: Path
     key = [teacher.hash(), sha256(ROOT / "data" / f"{name}_student.safetensors"), n]
     found, _ = protocol.measured(made, SEEDS, features, None, key, out)
     ways = {
-        "teacher_ddim50": lambda: pipeline.draw_teacher(teacher, 48, 50, "ddim", student.image_shape, 0),
-        "student_1": lambda: pipeline.draw(student, 48, 1, student.image_shape, 0),
-        "student_2": lambda: pipeline.draw(student, 48, 2, student.image_shape, 0),
+        "teacher_ddim50": ("teacher, DDIM-50", lambda: pipeline.draw_teacher(teacher, 48, 50, "ddim", student.image_shape, 0)),
+        "student_1": ("student, 1 evaluation", lambda: pipeline.draw(student, 48, 1, student.image_shape, 0)),
+        "student_2": ("student, 2 evaluations", lambda: pipeline.draw(student, 48, 2, student.image_shape, 0)),
     }
-    drawn = {}
-    for key, way in ways.items():
-        way()
+    sheets = {"training images": images[:48]}
+    for generator, (label, draw) in ways.items():
+        draw()  # untimed
         began = time.monotonic()
-        drawn[key] = way()
-        found[f"ms_an_image.{key}"] = 1000 * (time.monotonic() - began) / 48
-    sheets = {
-        "training images": images[:48],
-        "teacher, DDIM-50": drawn["teacher_ddim50"],
-        "student, 1 evaluation": drawn["student_1"],
-        "student, 2 evaluations": drawn["student_2"],
-    }
+        sheets[label] = draw()
+        found[f"ms_an_image.{generator}"] = 1000 * (time.monotonic() - began) / 48
     plots.save(plots.samples({k: data.to_float(v) for k, v in sheets.items()}), RESULTS.parent / f"small_{name}.png")
     return {**found, **features.protocol, "protocol.n": n, "protocol.seeds": len(SEEDS)}
 
@@ -113,12 +108,12 @@ def main() -> None:
     parser.add_argument("dataset", choices=["fashion_mnist", "cifar10"])
     name = parser.parse_args().dataset
     out, command = ROOT / "runs" / f"small_{name}", f"python -m benchmarks.small_models {name}"
-    teacher, student, minutes = train(name, out)
+    images, labels = data.load(name)
+    teacher, student, minutes = train(name, images, out)
     threads = torch.get_num_threads()
     folder, weights = ROOT / "data" / f"{name}_teacher", ROOT / "data" / f"{name}_student.safetensors"
     teacher.save_pretrained(folder)
     student.save(weights)
-    images = data.load(name)[0]
     common = {"command": command, "images": f"{len(images)} of the train split; fingerprint {data.fingerprint(images)}"}
     common |= {
         "minutes_of_training": minutes,
@@ -133,7 +128,7 @@ def main() -> None:
     sizes = {key: getattr(LAPTOP, key) for key in ("solver", "rollout_steps", "pairs", "endpoint_updates", "distill_updates")}
     told = {"what": f"consistency model of {name}, distilled from {name}_teacher", "teacher": teacher.hash(), **sizes}
     write_json(weights.with_suffix(".json"), {**told, "sha256": sha256(weights), **common})
-    found = measure(name, teacher, student, out) | {"protocol.minutes": minutes, "protocol.threads": threads}
+    found = measure(name, images, labels, teacher, student, out) | {"protocol.minutes": minutes, "protocol.threads": threads}
     write_json(RESULTS.parent / f"small_{name}.json", found)
     print(markdown(name, found))
 

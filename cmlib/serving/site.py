@@ -46,7 +46,8 @@ def write(
     without a network. Returns the model's entry in the page's settings. Raises ValueError.
     """
     name = Path(dataset).resolve().name if Path(dataset).is_dir() else Path(dataset).name
-    model, shape = folder / "page" / name, shape_of(student)
+    f = None if student.is_dir() else ConsistencyFunction.load(student)
+    model, shape = folder / "page" / name, f.image_shape if f else shape_of(student)
     if shape[0] not in (1, 3):
         raise ValueError(f"{student} makes {shape[0]} channels; what is shown and served is grey or RGB")
     images, labels = data.load(dataset, "test")
@@ -56,11 +57,11 @@ def write(
     images = images[list(dict.fromkeys([*firsts, *range(len(images))]))[:EXAMPLES]]
     own = f"{name}_teacher" if pipeline.shipped(f"{name}_teacher").exists() else None
     walker = pipeline.load_teacher(str(teacher or own), shape) if teacher or own else None
-    if walker and not teacher and not student.is_dir() and not alike(ConsistencyFunction.load(student).net, walker.unet):
+    if walker and not teacher and f and not alike(f.net, walker.unet):
         walker = None  # of another architecture, so of another teacher
     if assets is not None:
         check(assets)
-    told = place(student, model)
+    told = place(student, f, model)
     levels = noise_grid(told)
     entry = {"name": name, "shape": list(shape), "levels": levels, "examples": len(images), "sampling": told["sampling"]}
     entry |= {"file": told["file"], "teacher": walker and walker.hash(), "images": data.fingerprint(images)}
@@ -103,17 +104,17 @@ def shape_of(student: Path) -> tuple[int, ...]:
     return ConsistencyFunction.load(student).image_shape
 
 
-def place(student: Path, folder: Path) -> dict[str, Any]:
-    """Put the ONNX model and its metadata into `folder`, unless they are there, and run it once. Returns the metadata."""
-    if not student.is_dir():
-        f = ConsistencyFunction.load(student)
+def place(student: Path, f: ConsistencyFunction | None, folder: Path) -> dict[str, Any]:
+    """Put the ONNX model and its metadata into `folder`, unless they are there, and run it once: of `f`, which the checkpoint
+    `student` holds, or else the export in the folder `student`. Returns the metadata."""
+    if f is not None:
         try:
             before = described(folder)
         except ValueError:
             before = {}
         if (before.get("weights_sha256"), before.get("precision")) != (export.weights_sha256(f), "fp32"):
             export.save(f, folder, "onnx")
-    source = student if student.is_dir() else folder
+    source = folder if f is not None else student
     told = described(source)
     shape, sigma = told["inputs"]["x"]["shape"][1:], told["inputs"]["t"]["max"]
     try:

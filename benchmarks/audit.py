@@ -184,8 +184,8 @@ def drift() -> dict[str, list[float]]:
     noise = indexed_normal(pipeline.SAMPLING_SEED, range(64), (1, 8, 8), 7)
 
     def measure(step: int, average: Any) -> dict[str, float]:
-        levels, gap = evaluate.self_consistency_gap(average.eval(), teacher, noise, 30)
-        return {"gap": float(gap[levels <= f.sigma_max].mean()), "fd": distance(features, average)}
+        gap = evaluate.self_consistency_gap(average.eval(), teacher, noise, 30, f.sigma_max)[1]
+        return {"gap": float(gap.mean()), "fd": distance(features, average)}
 
     stream = partial(data.batches, images, 16, 0)
     kept = {"folder": ROOT / "runs" / "audit" / "drift", "resume": True}

@@ -255,8 +255,8 @@ def addition(name: str, seed: int) -> dict[str, list[float]]:
             seen = evaluate.features(features.classifier, drawn[0])
             found["recall"].append(evaluate.precision_recall(features.reference, seen)[1])
             noise = indexed_normal(SAMPLING_SEED + seed, range(64), teacher.image_shape, 7)
-            levels, gap = evaluate.self_consistency_gap(average, teacher, noise, 30)
-            found["gap"].append(float(gap[levels <= f.sigma_max].mean()))
+            gap = evaluate.self_consistency_gap(average, teacher, noise, 30, f.sigma_max)[1]
+            found["gap"].append(float(gap.mean()))
 
     stream = partial(data.batches, images, BATCH, seed)
     settings: dict[str, Any] = {"lr": 1e-3, "optimizer": "radam", "warmup": UPDATES // 20, "seed": seed, "name": label}

@@ -18,7 +18,6 @@ import torch
 
 from cmlib import data, pipeline
 from cmlib.compare import spread
-from cmlib.curricula import ect_r, lognormal
 from cmlib.files import write_json
 from cmlib.objectives import SCT
 from cmlib.profiles import CPU
@@ -27,14 +26,7 @@ from cmlib.train import fit
 
 RESULTS = Path(__file__).parent / "results" / "ten_minutes.json"
 SECONDS, STAGES, BATCH, SEEDS, PROBE = 600, 6, 64, 3, 60
-
-
-class Shifted(SCT):
-    """SCT at noise levels ln t ~ N(0, 1.6²)."""
-
-    def times(self, n: int, step: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        t = lognormal(n, generator, 0.0, 1.6)
-        return t, ect_r(t, self.stage(step), self.q)
+LAW = (0.0, 1.6)  # mean and standard deviation of ln t
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -58,7 +50,7 @@ def main() -> None:
         f = first_student("sct", teacher, largest_sigma(teacher)).requires_grad_(True)
         settings: dict[str, Any] = {"lr": 1e-3, "optimizer": "radam", "warmup": updates // 20}
         began = time.monotonic()
-        f, _ = fit(f, Shifted(updates, STAGES, reference=reference), stream, updates, name="SCT", **settings)
+        f, _ = fit(f, SCT(updates, STAGES, law=LAW, reference=reference), stream, updates, name="SCT", **settings)
         return f.eval(), time.monotonic() - began
 
     trained(PROBE // 4)

@@ -260,13 +260,13 @@ def evaluate_student(args: Namespace, profile: Profile) -> Metrics:
     sigma = teacher.process.sigma(indices)
     noise = indexed_normal(pipeline.SAMPLING_SEED + args.seed, range(64), f.image_shape, 7)
     with balanced(f, torch.arange(64)):
-        levels, gap = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps)
+        levels, gap = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps, f.sigma_max)
     found_at = {"student": plots.binned(sigma, distance)}
     curve = plots.curves(found_at, "noise level σ", "‖f(x_t, t) − x0‖", "Distance to the image")
     plots.save(curve, args.out / "reconstruction.png")
     curve = plots.curves({"student": (levels, gap)}, "noise level σ", "RMS of f(x_t, t) − x_end", "Self-consistency gap")
     plots.save(curve, args.out / "gap.png")
-    found |= {"distance.student": float(distance.mean()), "gap.student": float(gap[levels <= f.sigma_max].mean())}
+    found |= {"distance.student": float(distance.mean()), "gap.student": float(gap.mean())}
     _say(found := found | told | {"protocol.timesteps": profile.timesteps, "protocol.n_distance": min(64, len(held_out[0]))})
     if other:
         print(f"\n{protocol.beside(found, other)}")

@@ -108,14 +108,14 @@ class Comparison:
             objective, student, profile, out, seed, updates, cache=cache, teacher=teacher, images=images, **every
         )
         noise = indexed_normal(SAMPLING_SEED + seed, range(64), shape, 7)
-        levels, gap = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps)
+        gap = evaluate.self_consistency_gap(f, teacher, noise, profile.rollout_steps, f.sigma_max)[1]
         error = evaluate.reconstruction_error(f, self.held_out[:64], teacher.process, profile.timesteps, seed, f.sigma_max)[1]
         row = {
             "objective": objective,
             "seed": seed,
             "fd_1": history[-1]["fd_1"],
             "fd_2": history[-1]["fd_2"],
-            "gap": float(gap[levels <= f.sigma_max].mean()),
+            "gap": float(gap.mean()),
             "distance": float(error.mean()),
             "images": updates * profile.batch_size,
             "evaluations": spent,

@@ -16,8 +16,7 @@
 
 An objective is called as `objective(f, target, batch, step, generator)` and returns the loss of each sample [B] and a
 dict of per-sample logs that has the noise level `t` (`Denoising`: the index). It holds no state; `mu` is the decay of the
-target network that `train.fit` keeps for it (a number, or a function of the step), 0 meaning the stop-gradient of the live
-weights.
+target network that `train.fit` keeps for it (a number, or a function of the step); 0 stops the live weights' gradient.
 """
 
 from __future__ import annotations
@@ -218,7 +217,7 @@ class ICT(InverseGap):
 
 @dataclass(frozen=True)
 class ECT(InverseGap):
-    """‖f(x0 + t·ε, t) − sg f(x0 + r·ε, r)‖/(t − r), ln t ~ N(−1.1, 2²), r = r(t, stage) (ECT).
+    """‖f(x0 + t·ε, t) − sg f(x0 + r·ε, r)‖/(t − r), ln t ~ N(−1.1, 2²) or another `law` (mean, std), r = r(t, stage) (ECT).
 
     `stages` of equal length over `steps`; the first is diffusion training below t ≈ 2 (r = 0, where f⁻ is x0), the last nearly
     continuous time. `q` = 2 with 8 stages is the paper's long run, 256 with 1 its one-hour run. f needs σ_min = 0.
@@ -229,6 +228,7 @@ class ECT(InverseGap):
     q: float = 2.0
     distance: Distance = norm
     mu: float = 0.0
+    law: tuple[float, float] = (-1.1, 2.0)
 
     def __post_init__(self) -> None:
         if self.q**-self.stages < 1e-6:
@@ -240,7 +240,7 @@ class ECT(InverseGap):
 
     def times(self, n: int, step: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """t and r."""
-        t = lognormal(n, generator)
+        t = lognormal(n, generator, *self.law)
         return t, ect_r(t, self.stage(step), self.q)
 
     def pairs(self, batch: dict, step: int, generator: Generator) -> Pairs:

@@ -133,6 +133,8 @@ def test_self_consistency_gap_is_zero_at_the_paths_end_alone():
     sigmas, gap = evaluate.self_consistency_gap(lambda x, t: end, teacher, noise, 10)
     assert gap.max() == 0 and len(sigmas) == 10 and sigmas[0] > sigmas[-1]
     assert evaluate.self_consistency_gap(lambda x, t: end + 0.5, teacher, noise, 10)[1] == pytest.approx([0.5] * 10)
+    below, gap = evaluate.self_consistency_gap(lambda x, t: end, teacher, noise, 10, float(sigmas[3]))
+    assert below.tolist() == sigmas[3:].tolist() and len(gap) == 7
 
 
 def test_pair_error_reports_the_identity_beside_the_model():

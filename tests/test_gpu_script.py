@@ -76,6 +76,7 @@ def test_a_dry_run_killed_in_a_student_goes_on_from_there(packed, uncompiled, tm
 
     pid = os.fork()
     if pid == 0:  # dies by SIGKILL in ECT's sixth update of eight
+        torch.set_num_threads(1)  # a forked process must not wait for the threads of its parent
         stream = script.data.batches
 
         def dying(images, batch_size, seed=0, start=0):

@@ -116,7 +116,8 @@ def hit(whole: Path, folder: Path, stage: str, how: int) -> tuple[Path, list[str
     """A folder in which `how` met the stage at work, and the lines it said; where it was done already, once more and sooner."""
     span = SECONDS[stage]
     for _ in range(20):
-        here, said = fresh(whole, folder, stage), folder / "said.txt"
+        here = fresh(whole, folder, stage)
+        said = here.with_suffix(".txt")
 
         def work(here=here, said=said):
             with open(said, "w") as file, contextlib.redirect_stdout(None), contextlib.redirect_stderr(file):
@@ -124,13 +125,15 @@ def hit(whole: Path, folder: Path, stage: str, how: int) -> tuple[Path, list[str
             os._exit(code)
 
         pid = start(work)
+        while not said.exists():  # it has not begun
+            time.sleep(0.001)
         time.sleep(RANDOM.random() * span)
         os.kill(pid, how)
-        code, lines = wait(pid), re.findall("cmlib: .*", said.read_text()) if said.exists() else []
+        code, lines = wait(pid), re.findall("cmlib: .*", said.read_text())
         assert not [line for line in lines if "unforeseen" in line]
         if code == -signal.SIGKILL or (code == 130 and how == signal.SIGINT):
             return here, lines
-        span *= 0.8
+        span *= 0.8 if code == 0 else 1.25  # done already, or not yet past reading its arguments
     raise AssertionError(f"{stage} is too fast to be met at work")
 
 

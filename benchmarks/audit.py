@@ -4,7 +4,8 @@
     python -m benchmarks.audit precision        # measures that row again
     python -m benchmarks.audit --readme         # writes the table into README.md
 
-Rows are kept in results/audit.json; "rollouts in one jump" and "within ±2" come from the demo's seeds (demo_seeds.json).
+Rows are kept in results/audit.json; "within ±2", the teacher's distance and the demo's seconds come from
+demo_seeds.json.
 """
 
 import argparse
@@ -18,9 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from cmlib import data, evaluate, export, parity, pipeline
+from cmlib import data, evaluate, export, parity, pipeline, sizing
 from cmlib.cache import PairCache
 from cmlib.compare import spread
 from cmlib.consistency import ConsistencyFunction, PlainFunction
@@ -37,18 +37,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "audit.json"
 TABLE = re.compile(r"(?<=<!-- audit: written by benchmarks/audit.py -->\n).*?(?=<!-- end of audit -->)", re.S)
 UPDATES, DRIFT_UPDATES, POINTS = 500, 10_000, 10
-T4_PEAK = 65e12  # fp16 FLOP/s by NVIDIA's data sheet
-DDPM_CIFAR10 = {  # google/ddpm-cifar10-32's configuration; its weights don't matter for counting
-    "block_out_channels": (128, 256, 256, 256),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "attention_head_dim": None,
-    "downsample_padding": 0,
-    "norm_eps": 1e-6,
-    "freq_shift": 1,
-    "flip_sin_to_cos": False,
-}
 
 
 def digits() -> tuple[Teacher, torch.Tensor, pipeline.Features]:
@@ -162,16 +150,15 @@ def halved() -> dict[str, float]:
 
 def budget() -> dict[str, float]:
     """The recipe's arithmetic on the real architecture: floating-point operations of each stage."""
-    net = UNet(sample_size=32, in_channels=3, out_channels=3, **DDPM_CIFAR10)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.zeros(1, 3, 32, 32), torch.zeros(1))
-    forward = counter.get_total_flops()
+    forward = sizing.forward_flops(T4)
     work = {
         "cache": T4.pairs,
         "student": 3 * T4.regression_updates * T4.batch_size,
         "finetune": 3 * T4.teacher_updates * T4.batch_size + 50 * T4.pairs,  # 50 epochs, the cache refreshed after each
     }
-    return {"gflop": forward / 1e9} | {f"minutes_{name}": n * forward / T4_PEAK / 60 for name, n in work.items()}
+    return {"gflop": forward / 1e9} | {
+        f"minutes_{name}": n * forward / sizing.PEAK["T4, fp16"] / 60 for name, n in work.items()
+    }
 
 
 def drift() -> dict[str, list[float]]:
@@ -255,7 +242,7 @@ def rows(found: dict[str, Any], seeds: list[dict[str, Any]]) -> list[tuple[str, 
             "digits, from the teacher's weights",
             of(
                 "spacing",
-                lambda m: f"18 levels: {m['fd_18']:.0f}; 100 levels: {m['fd_100']:.0f}; all {m['chain']} of the chain is δ = 1",
+                lambda m: f"18 levels: {m['fd_18']:.0f}; 100: {m['fd_100']:.0f}; δ = 1: the chain's {m['chain']} up to σ = 20",
             ),
         ),
         (

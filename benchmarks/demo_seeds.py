@@ -30,6 +30,8 @@ def markdown(runs: list[dict]) -> str:
         ratio = [run[f"fd_digits.{key}"] / run["fd_digits.teacher_ddim50"] for run in runs]
         few = fd if real else [run[f"fd_digits.{key}_at_n_real"] for run in runs]
         quality = [spread([run[f"{metric}.{key}"] for run in runs], 2) for metric in ("precision", "recall")]
+        if real:  # one set of images, whatever the seed
+            few, quality = few[:1], [v.split(" ±")[0] for v in quality]
         values = ["" if real else spread(fd), "" if real else spread(ratio, 2), spread(few), *quality]
         lines.append(f"| {label} | {evaluations} | {' | '.join(values)} |")
     seconds = spread([run["seconds.total"] for run in runs], 0)

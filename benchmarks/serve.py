@@ -1,6 +1,6 @@
 """`cmlib serve` beside the same student as a `ConsistencyModelPipeline` behind plain FastAPI, and beside the teacher's DDIM-50.
 
-    python -m benchmarks.serve             # about 9 minutes; writes benchmarks/results/serve.json and the table in README.md
+    python -m benchmarks.serve             # about 9 minutes; writes results/serve.json and the table in benchmarks/README.md
     python -m benchmarks.serve --seconds 2 --rounds 1 --out runs/serve.json      # to try it
 
 All three servers are up all the time, and take turns: one seed a request, a PNG back, 1, 8 and 32 clients that each wait for

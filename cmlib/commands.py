@@ -63,7 +63,7 @@ def teacher_train(args: Namespace, profile: Profile) -> Metrics:
         start = _teacher(args, profile, images)
     else:
         unet = UNet(**small_unet(images.shape[1:], profile.widths, 0.1, profile.layers, profile.attention, profile.classes))
-        start = Teacher(unet, _chain(args.schedule or "linear"))
+        start = Teacher(unet.to(best_device()), _chain(args.schedule or "linear"))
     refresh = (PairCache if args.resume else PairCache.open)(args.refresh) if finetune and args.refresh else None
     before = pipeline.epsilon_error(start.process, start.unet.eval(), *held_out)
     updates, lr = args.updates or profile.teacher_updates, args.lr or (2e-4 if finetune else profile.teacher_lr)

@@ -38,7 +38,7 @@ def normalised(g: Tensor, c: float = 0.1) -> Tensor:
 
 
 def student_f(x: Tensor, t: Tensor, x0_hat: Tensor, sigma_data: float) -> Tensor:
-    """sCM's F from an output x0_hat = f(x, σ): f = cos t·x_t − sin t·σ_d·F (sCM sec. 3.1) is CM's c_skip·x + c_out·(−F) at
+    """sCM's F from an output x0_hat = f(x, σ): f = cos t·x_t − sin t·σ_d·F (sCM eq. 5) is CM's c_skip·x + c_out·(−F) at
     σ_min = 0, with tan t = σ/σ_d. `x` in TrigFlow coordinates."""
     t = expand_like(t, x)
     return (t.cos() * x - x0_hat) / (t.sin() * sigma_data)

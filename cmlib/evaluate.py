@@ -201,7 +201,7 @@ class FID:
             from torchmetrics.image.fid import FrechetInceptionDistance
 
             self.metric = FrechetInceptionDistance(feature=feature, reset_real_features=False)
-        except (ModuleNotFoundError, OSError) as error:
+        except (ImportError, OSError, RuntimeError) as error:
             raise ValueError(NEEDS) from error
         self.metric.to(best_device())
         self.decode = decode

@@ -45,7 +45,7 @@ Pairs = tuple[Tensor, Tensor, Tensor, Tensor]  # x_t, t, x_r, r
 def both_branches(f: Network, target: Network, x_t: Tensor, t: Tensor, x_r: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """f(x_t, t) and sg f⁻(x_r, r) under the same dropout mask, on the CPU and on the GPU (iCT sec. 3.1).
 
-    At r = 0 the target is x_r itself (CT's and ECT's clean image): the boundary condition, the bootstrap's terminal reward.
+    At r = 0 the target is x_r itself (ECT's and SCT's clean image): the boundary condition, the bootstrap's terminal reward.
     """
     state = rng_state(x_t.device)
     with torch.no_grad():
@@ -199,7 +199,7 @@ class ConsistencyTraining(Bootstrapped):
 
 @dataclass(frozen=True)
 class ICT(InverseGap):
-    """d_PH(f(x0 + t·ε, t), sg f(x0 + r·ε, r))/(t − r), neighbours of N(k) = 11, 21, … 1281 levels, i ~ p(i) (iCT eq. 5–10)."""
+    """d_PH(f(x0 + t·ε, t), sg f(x0 + r·ε, r))/(t − r), neighbours of N(k) = 11, 21, … 1281 levels, i ~ p(i) (iCT sec. 3)."""
 
     steps: int
     process: EDM = KARRAS

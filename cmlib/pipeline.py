@@ -97,7 +97,7 @@ class Features:
                 name="features",
             )
             trained.save(path)  # type: ignore[operator]
-        classifier = evaluate.Classifier.load(path)
+        classifier = evaluate.Classifier.load(path).to(best_device())
         checked = turned(held_out[0]) if labels is None else held_out
         right = float("nan") if checked[1] is None else evaluate.accuracy(classifier, checked[0], checked[1])
         protocol = {

@@ -79,7 +79,7 @@ class EDM:
 
 @dataclass(frozen=True)
 class TrigFlow:
-    """x_t = cos(t)·x0 + sin(t)·z with z = σ_d·ε (sCM sec. 3.1)."""
+    """x_t = cos(t)·x0 + sin(t)·z with z = σ_d·ε (sCM sec. 3)."""
 
     sigma_data: float = 0.5
     sigma_min: float = 0.002
@@ -91,7 +91,7 @@ class TrigFlow:
         return t.cos() * x0 + t.sin() * self.sigma_data * eps
 
     def velocity(self, x: Tensor, denoised: Tensor, t: Tensor) -> Tensor:
-        """dx/dt = cos t·z − sin t·x0 with x0 = D and z = (x − cos t·D)/sin t (sCM sec. 3.1)."""
+        """dx/dt = cos t·z − sin t·x0 with x0 = D and z = (x − cos t·D)/sin t (sCM sec. 3)."""
         t = expand_like(t, x)
         z = (x - t.cos() * denoised) / t.sin()
         return t.cos() * z - t.sin() * denoised

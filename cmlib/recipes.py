@@ -78,8 +78,8 @@ def recipe(
     teacher: Teacher | None = None,
     images: Tensor | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The objective called `objective`, and the settings of `fit` that go with it: the papers' optimisers, PyTorch's
-    momenta, our step sizes. A student of sCM that has no weight w(t) yet gets one."""
+    """The objective called `objective`, and the settings of `fit` that go with it: the papers' optimisers (but
+    MeanFlow's Adam), PyTorch's momenta, our step sizes. A student of sCM that has no weight w(t) yet gets one."""
     huber: Distance = partial(pseudo_huber, c=0.03 * math.prod(shape) ** 0.5)
     steps = updates or profile.distill_updates
     tuning: dict[str, Any] = {"steps": steps, "lr": 6e-4, "optimizer": "radam", "warmup": steps // 20}

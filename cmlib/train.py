@@ -7,7 +7,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -61,13 +63,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def options(objective: Any) -> str:
-    """The objective's name and those of its options that can be compared: numbers, strings, tuples, tensors by their digest, an
-    inner objective."""
+    """The objective's name and those of its options that can be compared: numbers, strings, tuples, tensors by their digest,
+    functions by their names, an inner objective."""
     parts = []
     for field in fields(objective) if is_dataclass(objective) else ():
         value = getattr(objective, field.name)
         if is_dataclass(value) and not isinstance(value, type):
             parts.append(f"{field.name}={options(value)}")
+        elif isinstance(value, partial):
+            parts.append(f"{field.name}={value.func.__name__}({', '.join(f'{k}={v!r}' for k, v in value.keywords.items())})")
+        elif isinstance(value, FunctionType):
+            parts.append(f"{field.name}={value.__name__}")
         elif isinstance(value, (bool, int, float, str, tuple)):
             parts.append(f"{field.name}={value!r}")
         elif isinstance(value, Tensor):
@@ -236,7 +242,9 @@ def fit(
     if stop and run.history and stop(run.history):
         return run.average.model, run.history
     model.zero_grad()  # whoever made it may have left gradients, as `warm_start`'s own training does
-    wrapped, run.optimizer = accelerator.prepare(model.train(), run.optimizer)
+    placed = [True, False]  # a restored optimiser's step counts stay on the CPU, where reading them waits for no GPU
+    wrapped, run.optimizer = accelerator.prepare(model.train(), run.optimizer, device_placement=placed)
+    vars(model).pop("forward", None)  # accelerate's own autocast, which would begin again inside the float32 of a JVP
     if compiler:  # f's network alone, which teacher and students share, so that it is compiled once
         for function in (model, run.target.model) if run.target else (model,):
             getattr(function, "net", function).compile(backend=compiler)

@@ -16,8 +16,7 @@ from benchmarks import small_models as script  # noqa: E402
 from cmlib.consistency import ConsistencyFunction  # noqa: E402
 from cmlib.pipeline import load_teacher  # noqa: E402
 
-TINY = {"widths": (8, 8), "teacher_updates": 8, "batch_size": 8, "rollout_steps": 2, "pairs": 40}
-TINY |= {"endpoint_updates": 4, "distill_updates": 4, "samples": 16}
+TINY = {"widths": (8, 8), "teacher_updates": 8, "samples": 16}
 
 
 @pytest.fixture
@@ -33,7 +32,8 @@ def world(tmp_path, monkeypatch):
         table.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
     monkeypatch.setenv("CMLIB_DATASETS", str(tmp_path / "sets"))
     monkeypatch.setattr(script, "LAPTOP", replace(script.LAPTOP, **TINY))
-    monkeypatch.setattr(script, "SEEDS", range(2))
+    for size, value in {"SEEDS": range(2), "UPDATES": 8, "STAGES": 2, "BATCH": 8}.items():
+        monkeypatch.setattr(script, size, value)
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr(script, "RESULTS", tmp_path / "results" / "seeds.json")
     (tmp_path / "data").mkdir()
@@ -42,7 +42,7 @@ def world(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_it_ships_a_teacher_and_a_student_with_their_distances(world, capsys):
+def test_it_ships_a_teacher_and_a_student_with_their_distances(world, capsys, monkeypatch):
     script.main()
     table = capsys.readouterr().out
     assert all(f"| {name} |" in table for name in ("training images drawn again", "teacher, DDIM-50", "student"))
@@ -50,8 +50,7 @@ def test_it_ships_a_teacher_and_a_student_with_their_distances(world, capsys):
     f = ConsistencyFunction.load(world / "data" / "fashion_mnist_student.safetensors")
     told = json.loads((world / "data" / "fashion_mnist_student.json").read_text())
     assert told["teacher"] == teacher.hash() and f.image_shape == teacher.image_shape == (1, 32, 32)
-    assert set(told["minutes_of_training"]) == {"teacher", "endpoint-regression", "consistency-distillation"}
-    assert (told["pairs"], told["distill_updates"]) == (40, 4)
+    assert (told["updates"], told["stages"], told["precision"]) == (8, 2, script.PRECISION)
 
     def measured():
         found = json.loads((world / "results" / "small_fashion_mnist.json").read_text())
@@ -60,4 +59,9 @@ def test_it_ships_a_teacher_and_a_student_with_their_distances(world, capsys):
     before, made = measured(), {path: path.stat().st_mtime_ns for path in (world / "runs").rglob("*.pt")}
     script.main()
     assert measured() == before
-    assert {path: path.stat().st_mtime_ns for path in made} == made and len(made) > 6, "a second call repeats nothing"
+    assert {path: path.stat().st_mtime_ns for path in made} == made and len(made) == 10, "a second call repeats nothing"
+
+    monkeypatch.setattr(sys, "argv", ["small_models", "fashion_mnist", "--keep-teacher"])
+    shipped = {path: path.stat().st_mtime_ns for path in (world / "data" / "fashion_mnist_teacher").iterdir()}
+    script.main()
+    assert measured() == before and {path: path.stat().st_mtime_ns for path in shipped} == shipped

@@ -1,5 +1,6 @@
 """The training loop: equal to the ten-line loop, exact after a kill, and safe when the loss explodes."""
 
+import copy
 import itertools
 import os
 import signal
@@ -11,9 +12,11 @@ from torch import nn
 
 from cmlib import data
 from cmlib.consistency import EMA, ConsistencyFunction
-from cmlib.objectives import ECT, ConsistencyDistillation, Denoising, ScoreCorrected
+from cmlib.continuous import FlowNetwork, MeanFlowFunction
+from cmlib.objectives import ECT, SCM, ConsistencyDistillation, Denoising, MeanFlow, ScoreCorrected
 from cmlib.ops import pseudo_huber
 from cmlib.process import DDPM, EDM
+from cmlib.recipes import with_one_more_channel
 from cmlib.teacher import Teacher
 from cmlib.train import fit, learning_rate, options, plateaued, read_checkpoint, step_seed
 from cmlib.unet import UNet
@@ -114,10 +117,12 @@ def test_resume_refuses_another_run(tmp_path):
 def test_resume_compares_the_objectives_own_options(tmp_path):
     run = partial(fit, batches=BATCHES, steps=2, folder=tmp_path, resume=True)
     run(ConsistencyFunction(unet(), 0.0), ECT(2))
-    for other in (ECT(2, q=256.0, stages=1), ECT(2, stages=4), ScoreCorrected(ECT(2))):
+    huber = partial(pseudo_huber, c=0.1)
+    for other in (ECT(2, q=256.0, stages=1), ECT(2, stages=4), ScoreCorrected(ECT(2)), ECT(2, distance=huber)):
         with pytest.raises(ValueError, match="objective was 'ECT"):
             run(ConsistencyFunction(unet(), 0.0), other)
     assert options(ScoreCorrected(ECT(2))) != options(ScoreCorrected(ECT(2, q=3.0)))
+    assert options(ECT(2, distance=huber)) != options(ECT(2, distance=partial(pseudo_huber, c=0.2)))
     with pytest.raises(ValueError, match="curriculum is 5 steps long, the run 2"):
         run(ConsistencyFunction(unet(), 0.0), ECT(5))
 
@@ -176,6 +181,15 @@ def test_one_process_can_train_at_two_precisions():
     for precision in ("bf16", "no"):
         _, history = fit(unet(), Denoising(DDPM.linear()), BATCHES, 2, precision=precision)
         assert history[-1]["loss"] > 0
+
+
+@pytest.mark.parametrize("objective", [SCM(), MeanFlow()], ids=["scm", "meanflow"])
+def test_a_derivative_is_taken_in_float32_under_mixed_precision(objective):
+    f = ConsistencyFunction(unet(0.0), 0.0)
+    if isinstance(objective, MeanFlow):
+        f = MeanFlowFunction(FlowNetwork(with_one_more_channel(unet(0.0)), 80.0), 80.0)
+    losses = {p: fit(copy.deepcopy(f), objective, BATCHES, 1, precision=p)[1][-1]["loss"] for p in ("bf16", "no")}
+    assert losses["bf16"] == pytest.approx(losses["no"], rel=0.05) and losses["bf16"] != losses["no"]
 
 
 @pytest.mark.parametrize("where", ["weights", "gradient"])

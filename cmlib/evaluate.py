@@ -21,11 +21,10 @@ from torch import Generator, Tensor, nn
 from cmlib import ranks
 from cmlib.data import to_float, to_uint8
 from cmlib.files import read_weights, write_weights
-from cmlib.ops import best_device, device_of, expand_like, mse
+from cmlib.ops import Network, best_device, device_of, expand_like, mse
 from cmlib.process import DDPM
 from cmlib.teacher import Teacher
 
-Network = Callable[[Tensor, Tensor], Tensor]
 BLOCK = 2_000  # rows and columns of a distance matrix held at once
 NEEDS = (
     "FID needs torchmetrics, torch-fidelity and its Inception weights: pip install --no-deps torchmetrics"
@@ -106,8 +105,7 @@ def accuracy(classifier: nn.Module, images: Tensor, labels: Tensor) -> float:
 def seen(classifier: Classifier, images: Tensor) -> Tensor:
     """Features [B,dim] of one batch of uint8 images, or of float images after the same rounding that saving them would do."""
     rounded = images if images.dtype == torch.uint8 else to_uint8(images)
-    x = to_float(rounded).to(device_of(classifier), memory_format=torch.channels_last)  # faster on CPUs
-    return classifier.features(x).cpu()
+    return classifier.features(to_float(rounded).to(device_of(classifier), memory_format=torch.channels_last)).cpu()
 
 
 def features(classifier: Classifier, images: Tensor, batch_size: int = 100) -> Tensor:
@@ -240,7 +238,7 @@ class FID:
 
 @torch.no_grad()
 def reconstruction_error(
-    f: Network, images: Tensor, process: DDPM, per_image: int = 256, seed: int = 0, sigma_max: float = float("inf")
+    f: Network, images: Tensor, process: DDPM, per_image: int = 256, seed: int = 0, sigma_max: float = math.inf
 ) -> tuple[Tensor, Tensor]:
     """‖f(x_t, t) − x0‖₂ for `per_image` random chain indices of every uint8 image (the brief's step 5).
 
@@ -261,8 +259,7 @@ def reconstruction_error(
 def self_consistency_gap(
     f: Network, teacher: Teacher, noise: Tensor, steps: int = 40, sigma_max: float = math.inf
 ) -> tuple[Tensor, Tensor]:
-    """RMS over pixels and paths of f(x_t, t) − x_end along the teacher's DDIM paths from `noise`: (σ [n], gap [n]), at those
-    of the n <= steps levels that are no larger than `sigma_max`, where f's training ended.
+    """RMS over pixels and paths of f(x_t, t) − x_end along the teacher's DDIM paths from `noise`, at σ <= `sigma_max`: σ, gap.
 
     At the path's end f is the identity, so this is f(x_t, t) against f at the other end of its own path: zero at every t
     for the exact consistency function (CM sec. 3).

@@ -40,12 +40,6 @@ def norm(a: Tensor, b: Tensor) -> Tensor:
     return pseudo_huber(a, b, 1e-4)
 
 
-def feature_distance(features: nn.Module) -> Distance:
-    """‖φ(a) − φ(b)‖²/d over a frozen network's features: an LPIPS-like distance (Zhang et al. 2018)."""
-    features.requires_grad_(False).eval()
-    return lambda a, b: mse(features(a), features(b))
-
-
 def randn_like(x: Tensor, generator: Generator) -> Tensor:
     """Standard normal noise of x's shape on x's device, from the caller's CPU generator: on a GPU from one seeded by it, as
     a large draw on the CPU, and its way to the GPU, take longer than a training step."""

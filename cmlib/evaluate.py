@@ -149,9 +149,9 @@ def frechet_limit(real: Tensor, fake: Tensor) -> tuple[float, float]:
     return float(limit), float(slope)
 
 
-def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
-    """Of KID's kernel over all pairs, in blocks, so that memory does not grow with N."""
-    return torch.stack([((p @ q.T / a.shape[1] + 1) ** 3).sum() for p in a.split(BLOCK) for q in b.split(BLOCK)]).sum()
+def _kernel_sum(a: Tensor, b: Tensor) -> float:
+    """Of KID's kernel over all pairs, in blocks; none of their tensors is kept, as small ones split the room of large ones."""
+    return sum(float(((p @ q.T / a.shape[1] + 1) ** 3).sum()) for p in a.split(BLOCK) for q in b.split(BLOCK))
 
 
 @lru_cache(maxsize=2)  # a reference's is asked for again and again
@@ -170,9 +170,13 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
 @lru_cache(maxsize=2)
 def _balls(features: Tensor, k: int) -> list[tuple[Tensor, Tensor]]:
     """Parts of a set, and the distance of each point to its k-th neighbour beside itself."""
-    parts = features.float().split(BLOCK)
-    near = [[torch.cdist(p, q).topk(min(k + 1, len(q)), largest=False).values for q in parts] for p in parts]
-    return [(p, torch.cat(row, dim=1).kthvalue(k + 1, dim=1).values) for p, row in zip(parts, near, strict=True)]
+    parts, radii = features.float().split(BLOCK), []
+    for p in parts:
+        near = p[:, :0]
+        for q in parts:
+            near = torch.cat([near, torch.cdist(p, q).topk(min(k + 1, len(q)), largest=False).values], dim=1)
+        radii.append(near.kthvalue(k + 1, dim=1).values)
+    return list(zip(parts, radii, strict=True))
 
 
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:

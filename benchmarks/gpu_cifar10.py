@@ -283,7 +283,7 @@ class Run:
         for key, sampler in (pair for name in there for pair in self.samplers(name).items()):
             rows[key.replace("_", ", evaluations: ")] = data.to_float(self.draw(sampler, few))
         plots.save(plots.samples(rows), self.state / "samples.png")
-        return True
+        return len(there) == 1 + len(STUDENTS)
 
     def go(self) -> bool:
         """Every stage that is not done, until the minutes end; whether all are done."""
@@ -348,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = [key for key in run.metrics if key.startswith("error.")]
     end = "all done" if done else f"{' and '.join(failed) or 'time is up'}; the same command goes on"
     print(table(run.metrics, ("teacher", *STUDENTS), EVALUATIONS), end, sep="\n\n")
-    return 0
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

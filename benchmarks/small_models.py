@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = range(2)
 UPDATES, STAGES, BATCH = 4_500, 6, LAPTOP.batch_size
 LAW = (0.0, 1.6)  # mean and standard deviation of ln t: more of the noise that one evaluation starts from than in the paper
-PRECISION = "bf16" if torch.cpu.get_capabilities().get("avx512_bf16") else "no"  # emulated, it is ten times slower
+FAST = getattr(torch.cpu, "get_capabilities", dict)()
+PRECISION = "bf16" if FAST.get("avx512_bf16") else "no"  # emulated, it is ten times slower
 
 
 def train_teacher(name: str, images: torch.Tensor, out: Path) -> tuple[Teacher, float]:
@@ -90,6 +91,7 @@ def measure(
         sheets[label] = draw()
         found[f"ms_an_image.{generator}"] = 1000 * (time.monotonic() - began) / 48
     plots.save(plots.samples({k: data.to_float(v) for k, v in sheets.items()}), RESULTS.parent / f"small_{name}.png")
+    found["protocol.threads"] = torch.get_num_threads()
     return {**found, **features.protocol, "protocol.n": n, "protocol.seeds": len(SEEDS)}
 
 
@@ -109,7 +111,8 @@ def markdown(name: str, found: dict[str, Any]) -> str:
         ms = f"{found[f'ms_an_image.{key}']:.1f}" if evaluations else ""
         lines.append(f"| {label} | {evaluations} | {distance} | {quality} | {ms} |")
     n = f"N = {found['protocol.n']}, {found['protocol.seeds']} seeds, mean ± half the range"
-    return "\n".join([*lines, "", f"{n}. Training: {found['protocol.training']} of a shared machine."])
+    ms = f"ms: batches of 48, {found['protocol.threads']} thread(s)"
+    return "\n".join([*lines, "", f"{n}; {ms}. Training: {found['protocol.training']}. All on shared machines."])
 
 
 def main() -> None:
@@ -138,10 +141,14 @@ def main() -> None:
     student.save(weights)
     told = {"what": f"consistency model of {name}, by SCT from the weights of {name}_teacher", "teacher": teacher.hash()}
     told |= {"command": command + " --keep-teacher" * args.keep_teacher, "sha256": sha256(weights), "minutes": minutes}
-    write_json(weights.with_suffix(".json"), {**told, "updates": UPDATES, "stages": STAGES, "law": LAW, **common})
+    sizes = {"updates": UPDATES, "stages": STAGES, "law": LAW, "reference": "batch"}
+    write_json(weights.with_suffix(".json"), {**told, **sizes, **common})
     found = measure(name, images, labels, teacher, student, out)
     its = json.loads((folder / "provenance.json").read_text())
-    found["protocol.training"] = f"teacher {its['minutes']:.0f} minutes, student {minutes:.0f}, on {its['threads']} thread(s)"
+    rows, bits = {"teacher": its, "student": {"minutes": minutes, **common}}, {"no": "fp32", "bf16": "bf16"}
+    found["protocol.training"] = ", ".join(
+        f"{who} {t['minutes']:.0f} minutes ({bits[t['precision']]}, {t['threads']} thread(s))" for who, t in rows.items()
+    )
     write_json(RESULTS.parent / f"small_{name}.json", found)
     print(markdown(name, found))
 

@@ -71,9 +71,10 @@ def options(objective: Any) -> str:
         if is_dataclass(value) and not isinstance(value, type):
             parts.append(f"{field.name}={options(value)}")
         elif isinstance(value, partial):
-            parts.append(f"{field.name}={value.func.__name__}({', '.join(f'{k}={v!r}' for k, v in value.keywords.items())})")
+            name = getattr(value.func, "__qualname__", type(value.func).__name__)
+            parts.append(f"{field.name}={name}{value.args}{value.keywords}")
         elif isinstance(value, FunctionType):
-            parts.append(f"{field.name}={value.__name__}")
+            parts.append(f"{field.name}={value.__qualname__}")
         elif isinstance(value, (bool, int, float, str, tuple)):
             parts.append(f"{field.name}={value!r}")
         elif isinstance(value, Tensor):

@@ -831,8 +831,8 @@ for name in ("fashion_mnist", "cifar10"):
 # %% [markdown]
 # Clothes come in one evaluation, in outline the teacher's own from that noise. CIFAR-10's teacher has garish colours and hardly any things: 1.8 million weights saw
 # 5,000 batches of 64, where the DDPM of Ho et al. has 35.7 million and saw 800,000 of 128. A likely reason for the colours is the start of its walk, where every error of ε
-# is divided by √ᾱ ≈ 0.006. Its student has the colours right. A student of distillation can be no better than its teacher; one that asks the images can, and saw 4,500 batches
-# more. The README has the distances.
+# is divided by √ᾱ ≈ 0.008. Its student has the colours right. Distillation learns a teacher's map, faults and all; this student asked the images, saw 4,500 batches more, and
+# starts at less noise, σ = 80. The README has the distances.
 #
 # ## The verdict
 #

@@ -7,9 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
-from functools import partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -70,11 +68,10 @@ def options(objective: Any) -> str:
         value = getattr(objective, field.name)
         if is_dataclass(value) and not isinstance(value, type):
             parts.append(f"{field.name}={options(value)}")
-        elif isinstance(value, partial):
-            name = getattr(value.func, "__qualname__", type(value.func).__name__)
-            parts.append(f"{field.name}={name}{value.args}{value.keywords}")
-        elif isinstance(value, FunctionType):
-            parts.append(f"{field.name}={value.__qualname__}")
+        elif callable(value):  # a function, or a partial of one
+            named = getattr(value, "func", value)
+            told = getattr(named, "__qualname__", type(named).__name__)
+            parts.append(f"{field.name}={told}{getattr(value, 'args', '')}{getattr(value, 'keywords', '')}")
         elif isinstance(value, (bool, int, float, str, tuple)):
             parts.append(f"{field.name}={value!r}")
         elif isinstance(value, Tensor):
@@ -179,7 +176,8 @@ def _accelerator(precision: str) -> Any:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # it is global, and refuses a second precision in one process
-    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    # `fit` places the model; a restored optimiser's step counts stay on the CPU, where reading them waits for no GPU
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), device_placement=False)
 
 
 def _check_finite(values: list[Tensor], step: int, checkpoint: Path | None) -> None:
@@ -243,15 +241,13 @@ def fit(
     if stop and run.history and stop(run.history):
         return run.average.model, run.history
     model.zero_grad()  # whoever made it may have left gradients, as `warm_start`'s own training does
-    placed = [True, False]  # a restored optimiser's step counts stay on the CPU, where reading them waits for no GPU
-    wrapped, run.optimizer = accelerator.prepare(model.train(), run.optimizer, device_placement=placed)
+    wrapped, run.optimizer = accelerator.prepare(model.train(), run.optimizer)
     vars(model).pop("forward", None)  # accelerate's own autocast, which would begin again inside the float32 of a JVP
     if compiler:  # f's network alone, which teacher and students share, so that it is compiled once
         for function in (model, run.target.model) if run.target else (model,):
             getattr(function, "net", function).compile(backend=compiler)
-    start, quiet = run.step, None if ranks.is_first() else True
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=quiet)
-    losses, began = list[Tensor](), time.monotonic()
+    losses, began, start = list[Tensor](), time.monotonic(), run.step
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, disable=None if ranks.is_first() else True)
     for step, batch in zip(bar, batches(start), strict=False):
         batch, whole, weight = _share(batch, accelerator.device)
         generator = torch.Generator().manual_seed(step_seed(seed, step, 0))

@@ -14,7 +14,7 @@ ORDER = """
 LAYERS = ORDER.split()
 PACKAGE = Path(__file__).resolve().parent.parent / "cmlib"
 MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py") if p.stem != "__init__"}
-LARGEST = {"": 6704, "course": 1660, "grader": 1200, "serving": 540}  # lines; a learner needs no grader
+LARGEST = {"": 6700, "course": 1660, "grader": 1200, "serving": 540}  # lines; a learner needs no grader
 
 
 def imports(tree):
@@ -43,4 +43,4 @@ def test_size():
         for node in ast.walk(ast.parse(p.read_text()))
         if isinstance(node, ast.FunctionDef)
     ]
-    assert [f for f in functions if f[2] > 60] == [("train", "fit", 89)], "longer than 60 lines; half of fit is its signature"
+    assert [f for f in functions if f[2] > 60] == [("train", "fit", 87)], "longer than 60 lines; half of fit is its signature"

@@ -366,11 +366,12 @@ def test_more_references_vary_less_and_one_is_consistency_training():
 
     variance = {size: target(size) for size in (1, 16, 256)}
     assert 8 < variance[1] / variance[16] < 24 and 8 < variance[16] / variance[256] < 24  # as 1/n
-    everything = MIXTURE.sample(5000, seeded(3))  # nothing random is left; what remains is this sample's own bias
+    wholes = [MIXTURE.sample(5000, seeded(3 + k)) for k in range(8)]  # nothing random is left; what remains is a set's own bias
     x_t = MIXTURE.sample(STATES, seeded()) + t * torch.randn(STATES, 2, generator=seeded(1))
-    step = x_t + (r - t) / t * (x_t - stable_denoised(x_t, level, everything))
+    steps = torch.stack([x_t + (r - t) / t * (x_t - stable_denoised(x_t, level, whole)) for whole in wholes])
     exact = x_t + (r - t) / t * (x_t - MIXTURE.denoise(x_t, level))
-    assert 1e-6 < float((step - exact).pow(2).sum(1).mean()) < variance[256] / 4
+    bias = (steps - exact).pow(2).sum(2).mean(1)
+    assert bias.min() > 1e-6 and float(bias.mean()) < variance[256] / 8  # one set's alone scatters
 
     def shared(x_t, k):  # CT: x_r = x0 + r·ε with ε = (x_t − x0)/t
         x0 = posterior_samples(x_t, t, k)

@@ -26,12 +26,11 @@ def markdown(runs: list[dict]) -> str:
         if f"fd_digits.{key}" not in runs[0]:
             continue
         real = key == "real"
-        fd = [run[f"fd_digits.{key}"] for run in runs]
-        ratio = [run[f"fd_digits.{key}"] / run["fd_digits.teacher_ddim50"] for run in runs]
-        few = fd if real else [run[f"fd_digits.{key}_at_n_real"] for run in runs]
-        quality = [spread([run[f"{metric}.{key}"] for run in runs], 2) for metric in ("precision", "recall")]
-        if real:  # one set of images, whatever the seed
-            few, quality = few[:1], [v.split(" ±")[0] for v in quality]
+        rows = runs[:1] if real else runs  # real ones are one set of images, whatever the seed
+        fd = [run[f"fd_digits.{key}"] for run in rows]
+        ratio = [run[f"fd_digits.{key}"] / run["fd_digits.teacher_ddim50"] for run in rows]
+        few = fd if real else [run[f"fd_digits.{key}_at_n_real"] for run in rows]
+        quality = [spread([run[f"{metric}.{key}"] for run in rows], 2) for metric in ("precision", "recall")]
         values = ["" if real else spread(fd), "" if real else spread(ratio, 2), spread(few), *quality]
         lines.append(f"| {label} | {evaluations} | {' | '.join(values)} |")
     seconds = spread([run["seconds.total"] for run in runs], 0)

@@ -292,7 +292,6 @@ class Run:
         for name in STUDENTS:
             stages |= {name: partial(self.student, name), f"{name}_evaluated": partial(self.evaluated, name)}
         stages |= {"latency": self.latency, "sheet": self.sheet}
-        failed: list[str] = []
         for name, work in stages.items():
             if self.metrics.get(f"done.{name}"):
                 continue
@@ -307,7 +306,6 @@ class Run:
             except Exception as raised:  # costs its own stage, and those that need what it makes
                 if name == "teacher":
                     raise
-                failed.append(name)
                 self.metrics[f"error.{name}"] = f"{type(raised).__name__}: {raised}"[:300]
                 print(self.metrics[f"error.{name}"], flush=True)
             finally:  # what fails has taken its time, too
@@ -316,9 +314,13 @@ class Run:
                     self.metrics[f"gpu_gb.{name}"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
                     torch.cuda.reset_peak_memory_stats()
                 self.keep()
-            if not done and name not in failed:
+            if not done and f"error.{name}" not in self.metrics:
                 return False
-        return not failed
+        return not self.errors()
+
+    def errors(self) -> list[str]:
+        """The stages that failed, and have not been tried again."""
+        return [key for key in self.metrics if key.startswith("error.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -345,10 +347,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    failed = [key for key in run.metrics if key.startswith("error.")]
-    end = "all done" if done else f"{' and '.join(failed) or 'time is up'}; the same command goes on"
+    end = "all done" if done else f"{' and '.join(run.errors()) or 'time is up'}; the same command goes on"
     print(table(run.metrics, ("teacher", *STUDENTS), EVALUATIONS), end, sep="\n\n")
-    return int(bool(failed))
+    return int(bool(run.errors()))
 
 
 if __name__ == "__main__":
